@@ -1,0 +1,1 @@
+"""One hospital: data, training, ledger, agent."""

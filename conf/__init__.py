@@ -1,0 +1,1 @@
+"""Defaults of every setting; found by Hydra as ``pkg://conf``."""

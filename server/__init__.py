@@ -1,0 +1,1 @@
+"""The coordinator: rounds, strategy, checkpoint, report, deployment."""

@@ -1,0 +1,1 @@
+"""Flat: tests/test_<package>_<module>.py."""
