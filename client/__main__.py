@@ -1,0 +1,145 @@
+"""Verbs of a hospital: ``feverfew-client init|check|rehearse|approve|run``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import logging.handlers
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from client import approval, coordinator, skeleton
+from client.agent import open_agent
+from client.site import Site, open_site
+from common import keys
+from common.command import exit_code
+from common.errors import DataError, UserError
+from common.invitation import Invitation
+from common.plan import Plan
+
+COMMAND = "feverfew-client"
+
+
+def main() -> None:
+    """Entry point of ``feverfew-client``."""
+    arguments = _parser().parse_args()
+    sys.exit(exit_code(lambda: arguments.verb(arguments), command=COMMAND))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=COMMAND, description="One hospital's side of a federation.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    init = verbs.add_parser("init", help="make the directory of a site, or what it lacks")
+    init.add_argument("directory", type=Path)
+    init.add_argument("--name", help="a-z, 0-9 and '-'; default: the name of the directory")
+    init.add_argument("--nominal-patients", type=int, help="public number of patients in the training part")
+    init.add_argument("--invitation", type=Path, help="the file that the coordinator sent")
+    init.set_defaults(verb=_init)
+
+    check = verbs.add_parser("check", help="say what of this site would be used, and what is wrong")
+    check.add_argument("directory", type=Path)
+    check.set_defaults(verb=_check)
+
+    rehearse = verbs.add_parser(
+        "rehearse", help="run one round of a plan here, send nothing, show what would leave"
+    )
+    rehearse.add_argument("directory", type=Path)
+    rehearse.add_argument("plan", type=Path, help="a plan as JSON")
+    rehearse.set_defaults(verb=_rehearse)
+
+    approve = verbs.add_parser("approve", help="agree to exactly one plan")
+    approve.add_argument("directory", type=Path)
+    approve.add_argument("plan", type=Path, help="a plan as JSON")
+    approve.set_defaults(verb=_approve)
+
+    run = verbs.add_parser("run", help="work for the coordinator until stopped")
+    run.add_argument("directory", type=Path)
+    run.set_defaults(verb=_run)
+    return parser
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    directory: Path = arguments.directory
+    invitation = None
+    if arguments.invitation is not None:
+        invitation = Invitation.from_text(_text(arguments.invitation))
+    name = arguments.name or _known_name(directory)
+    for path in skeleton.complete(directory, name=name, nominal_patients=arguments.nominal_patients):
+        print(f"made {path}")
+    public = directory / "private" / "site.pub"
+    key = keys.parse_public(_text(public))
+    print(f"send {public} to the coordinator; its fingerprint is {keys.fingerprint(key)}")
+    if invitation is not None:
+        coordinator.accept(invitation, directory=directory)
+        print(f"invited to {invitation.address}; the coordinator's fingerprint is {invitation.fingerprint}")
+    return 0
+
+
+def _known_name(directory: Path) -> str:
+    return open_site(directory).name if (directory / "site.yaml").exists() else directory.resolve().name
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    # Imported here: the daemon, which shares this file, does not need what it brings.
+    from client import check
+
+    return int(check.report(open_site(arguments.directory)) or 0)
+
+
+def _rehearse(arguments: argparse.Namespace) -> int:
+    from client import rehearsal  # see _check
+
+    return int(rehearsal.rehearse(open_site(arguments.directory), _plan(arguments.plan)) or 0)
+
+
+def _approve(arguments: argparse.Namespace) -> int:
+    plan = _plan(arguments.plan)
+    approval.approve(open_site(arguments.directory), plan)
+    print(f"approved plan {plan.hash}")
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    site = open_site(arguments.directory)
+    agent = open_agent(site)
+    _log_to(site)
+    signal.signal(signal.SIGTERM, _leave)
+    agent.run()
+    return 0
+
+
+def _leave(*_: Any) -> None:
+    raise SystemExit(0)
+
+
+def _log_to(site: Site) -> None:
+    """Sends our log to the terminal and to the site's own file."""
+    site.state.mkdir(mode=0o700, exist_ok=True)
+    ours = logging.getLogger("feverfew")
+    ours.setLevel(logging.INFO)
+    for handler in (
+        logging.StreamHandler(sys.stdout),
+        logging.handlers.WatchedFileHandler(site.state / "agent.log"),
+    ):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        ours.addHandler(handler)
+
+
+def _plan(path: Path) -> Plan:
+    return Plan.from_json(_text(path))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"Expected a readable file {path}, found: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"Expected text in {path}, found something else.") from None
+
+
+if __name__ == "__main__":
+    main()

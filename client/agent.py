@@ -1,0 +1,314 @@
+"""The daemon of a site: fetches tasks from the coordinator, hands them to the worker, sends the replies.
+
+It speaks Flower's Fleet API as Flower's own SuperNode does, but never fetches a bundle: the code that
+runs is the code that is installed. It opens connections, and accepts none.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+import httpx
+from filelock import FileLock, Timeout
+from flwr.app import Context, Error, Message, RecordDict
+
+from client.coordinator import open_coordinator
+from client.site import Site
+from client.worker import DEFAULT_APP, Worker, forkserver
+from common import flower, keys
+from common.errors import UserError
+from common.flower import Fleet, Task
+
+logger = logging.getLogger("feverfew.agent")
+Answer = TypeVar("Answer")
+
+BEAT_SECONDS: Final = 0.4 * flower.HEARTBEAT_SECONDS
+"""Four beats before the SuperLink, which waits for two intervals, takes the site for offline."""
+MIN_PAUSE_SECONDS: Final = 0.1
+MAX_PAUSE_SECONDS: Final = 2.0
+PAUSE_FRACTION: Final = 0.05
+"""A waiting site asks after 5 % of the time that it has waited: what it adds to a round is 5 % at most."""
+MAX_RETRY_SECONDS: Final = 20.0
+CACHED_RUNS: Final = 8
+SUPERSEDED: Final = "superseded"
+"""A task of an earlier round was waiting behind a later one and is not done any more."""
+RUN_NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
+TEMPORARY_STATUS: Final = frozenset({408, 429, 500, 502, 503, 504})
+
+
+def is_temporary(error: httpx.HTTPError) -> bool:
+    """Returns whether the same request may succeed later: no connection, or a server that is starting."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in TEMPORARY_STATUS
+    return isinstance(error, httpx.TransportError)
+
+
+def pause_seconds(waited_seconds: float) -> float:
+    """Returns how long to wait before asking again.
+
+    >>> [pause_seconds(waited) for waited in (0, 10, 3600)]
+    [0.1, 0.5, 2.0]
+    """
+    return min(MAX_PAUSE_SECONDS, max(MIN_PAUSE_SECONDS, PAUSE_FRACTION * waited_seconds))
+
+
+def without_superseded(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:
+    """Returns the tasks to do, and those for which a later round of the same run and kind waits."""
+    tasks = list(tasks)
+    newest: dict[tuple[int, str], int] = {}
+    for task in tasks:
+        kind = (task.run_id, task.head.metadata.message_type)
+        newest[kind] = max(newest.get(kind, -1), _round(task))
+    kept = [t for t in tasks if _round(t) == newest[t.run_id, t.head.metadata.message_type]]
+    return kept, [t for t in tasks if t not in kept]
+
+
+def _round(task: Task) -> int:
+    group = task.head.metadata.group_id
+    return int(group) if group.isdecimal() else 0
+
+
+@dataclass(kw_only=True)
+class Agent:
+    """One site's daemon.
+
+    Attributes:
+        site: the site it works for.
+        fleet: the connection to the coordinator.
+        worker: the process with the ClientApp.
+    """
+
+    site: Site
+    fleet: Fleet
+    worker: Worker
+    _configs: dict[int, dict[str, str]] = field(default_factory=dict)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _lost: threading.Event = field(default_factory=threading.Event)
+    _node_id: int = 0
+
+    def run(self) -> None:
+        """Works until ``stop`` is called or a signal raises; survives every failure of the other side.
+
+        Raises:
+            UserError: another agent runs for this site.
+            DeploymentError: the installed ClientApp cannot be loaded.
+        """
+        self.site.state.mkdir(mode=0o700, exist_ok=True)
+        try:
+            with FileLock(self.site.state / "agent.lock", timeout=0):
+                self._run_alone()
+        except Timeout:
+            raise UserError(
+                f"Expected no running agent for {self.site.directory}, found one; stop it first."
+            ) from None
+
+    def stop(self) -> None:
+        """Ends ``run`` after the task at hand."""
+        self._stop.set()
+
+    def _run_alone(self) -> None:
+        pid_file = self.site.state / "agent.pid"
+        pid_file.write_text(f"{os.getpid()}\n")
+        flower.shorten_backoff()
+        heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        try:
+            self.worker.warm_up()
+            self._activate()
+            heart.start()
+            self._work()
+        finally:
+            self._stop.set()
+            self.worker.kill()
+            self._say_goodbye()
+            self.fleet.close()
+            pid_file.unlink(missing_ok=True)
+
+    def _work(self) -> None:
+        since = time.monotonic()
+        while not self._stop.is_set():
+            if self._lost.is_set():
+                self._activate()
+            tasks = self._waiting_tasks()
+            for task in tasks:
+                self._do(task)
+                since = time.monotonic()
+            if not tasks:
+                self._stop.wait(pause_seconds(time.monotonic() - since))
+
+    def _waiting_tasks(self) -> list[Task]:
+        """Fetches the heads of all tasks that wait; says no to those that a later round has overtaken."""
+        tasks: list[Task] = []
+        try:
+            while (task := self.fleet.receive()) is not None:
+                tasks.append(task)
+        except httpx.ConnectError:
+            self._stop.wait(MAX_PAUSE_SECONDS)  # nothing was sent, so nothing is lost
+        except httpx.TransportError as error:
+            logger.warning("an answer of the coordinator was lost (%s), a task perhaps", _reason(error))
+            self._lost.set()
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == 503:  # the gateway is there, the SuperLink is not
+                self._stop.wait(MAX_PAUSE_SECONDS)
+                return tasks
+            logger.warning("the coordinator refuses this site: %s", flower.refusal_text(error))
+            self._lost.set()
+        kept, superseded = without_superseded(tasks)
+        for task in superseded:
+            self._decline(task)
+        return kept
+
+    def _decline(self, task: Task) -> None:
+        error = Error(code=flower.ErrorCode.UNKNOWN, reason=SUPERSEDED)
+        try:
+            self._persist(lambda: self.fleet.drop(task), seconds=task.head.metadata.ttl)
+            self._send(Message(error, reply_to=task.head))
+        except httpx.HTTPError:
+            logger.info("a task that a later round has overtaken was not answered: its run has ended")
+
+    def _do(self, task: Task) -> None:
+        begun = time.monotonic()
+        meta = task.head.metadata
+        try:
+            config = self._config(task.run_id)
+            message = self._persist(lambda: self.fleet.pull(task), seconds=meta.ttl)
+        except (httpx.HTTPError, flower.ObjectPullError) as error:
+            logger.warning("a task could not be fetched and is dropped: %s", _reason(error))
+            return
+        context = Context(
+            run_id=task.run_id,
+            node_id=self._node_id,
+            node_config={"site": str(self.site.directory.resolve())},
+            state=RecordDict(),
+            run_config=dict(config),
+        )
+        reply = self.worker.call(message, context, timeout_seconds=meta.ttl)
+        outcome = f"error: {reply.error.reason}" if reply.has_error() else "done"
+        if not self._send(reply):
+            outcome += ", but not delivered"
+        logger.info(
+            "run %s round %s %s: %s (%.1f s)",
+            _shown_run(config),
+            _round(task),
+            meta.message_type,
+            outcome,
+            time.monotonic() - begun,
+        )
+
+    def _send(self, reply: Message) -> bool:
+        try:
+            self._persist(lambda: self.fleet.push(reply), seconds=reply.metadata.ttl)
+        except (httpx.HTTPError, flower.ObjectPushError) as error:
+            logger.warning("a reply was not delivered: %s", _reason(error))
+            return False
+        return True
+
+    def _config(self, run_id: int) -> dict[str, str]:
+        """Returns the plan and our id of a run; other settings of the run are not looked at."""
+        if run_id not in self._configs:
+            found = self._persist(lambda: self.fleet.run_config(run_id))
+            self._configs[run_id] = {key: str(found[key]) for key in ("plan", "run") if key in found}
+            while len(self._configs) > CACHED_RUNS:
+                del self._configs[next(iter(self._configs))]
+        return self._configs[run_id]
+
+    def _persist(self, request: Callable[[], Answer], *, seconds: float = float("inf")) -> Answer:
+        """Returns the answer to a request, repeating it while the other side is away, at most for so long."""
+        begun, delay, failures = time.monotonic(), 0.1, 0
+        while True:
+            try:
+                answer = request()
+            except httpx.HTTPError as error:
+                if not is_temporary(error) or time.monotonic() - begun >= seconds or self._stop.is_set():
+                    raise
+                if failures == 0:
+                    logger.warning("no answer from the coordinator (%s); trying again", _reason(error))
+                failures += 1
+            else:
+                if failures:
+                    logger.info("the coordinator answers again")
+                return answer
+            self._stop.wait(delay)
+            delay = min(2 * delay, MAX_RETRY_SECONDS)
+
+    def _activate(self) -> None:
+        """Tells the coordinator that the site is there, for as long as it takes.
+
+        A node that is taken for online is refused, so a former life of this agent is ended first. The new
+        time of activation also tells the server that tasks on their way to this site may be lost.
+        """
+        delay = 1.0
+        while not self._stop.is_set():
+            try:
+                self._end_former_life()
+                self._node_id = self._persist(self.fleet.activate)
+            except httpx.HTTPStatusError as error:
+                text = flower.refusal_text(error)
+                logger.warning("not admitted (%s): is this site's key enrolled, and the clock right?", text)
+            else:
+                (self.site.state / "node").write_text(f"{self._node_id}\n")
+                self._lost.clear()
+                logger.info("connected as node %d", self._node_id)
+                return
+            self._stop.wait(delay)
+            delay = min(2 * delay, MAX_RETRY_SECONDS)
+
+    def _end_former_life(self) -> None:
+        path = self.site.state / "node"
+        if not path.exists():
+            return
+        former = path.read_text().strip()
+        try:
+            self._persist(lambda: self.fleet.deactivate(int(former)))
+        except (ValueError, httpx.HTTPStatusError) as error:
+            logger.debug("node %r was not online: %s", former, error)
+
+    def _beat(self) -> None:
+        """Keeps the site online until the end; runs in a thread of its own."""
+        while not self._stop.wait(BEAT_SECONDS):
+            try:
+                known = self.fleet.beat()
+            except httpx.HTTPStatusError as error:
+                known = is_temporary(error)
+            except httpx.HTTPError:
+                known = True  # the connection is away; the main loop says so
+            if not known:
+                self._lost.set()
+
+    def _say_goodbye(self) -> None:
+        if self._node_id:
+            try:
+                self.fleet.deactivate(self._node_id)
+            except httpx.HTTPError as error:
+                logger.info("the coordinator was not told that this site goes: %s", _reason(error))
+
+
+def _shown_run(config: dict[str, str]) -> str:
+    run = config.get("run", "")
+    return run if RUN_NAME.fullmatch(run) else "?"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return flower.refusal_text(error)
+    return type(error).__name__
+
+
+def open_agent(site: Site, *, app: str = DEFAULT_APP) -> Agent:
+    """Returns the agent of a site, with its key, its coordinator and a worker for the ClientApp.
+
+    Raises:
+        UserError: the site has no coordinator yet, or its key is missing or open to others.
+    """
+    coordinator = open_coordinator(site.directory)
+    key = keys.read_private(site.private / "site.key")
+    fleet = Fleet(coordinator.address, tls=keys.trust_only(coordinator.certificate), key=key)
+    log = site.state.resolve() / "agent.log"
+    worker = Worker(app, context=forkserver(), threads=site.settings.threads, log=log)
+    return Agent(site=site, fleet=fleet, worker=worker)

@@ -1,0 +1,98 @@
+"""ClientApp: unpack, call, pack. The one place where errors are turned into what may leave a site."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import lru_cache
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from torch import nn
+
+from client import work
+from client.site import Site, open_site, site_directory
+from common import exchange, model
+from common.errors import ConfigError, FeverfewError, Refusal
+from common.plan import Plan
+
+logger = logging.getLogger("feverfew.site")
+app = ClientApp()
+
+
+@app.query("prepare")
+def prepare(message: Message, context: Context) -> Message:
+    """Answers whether this site takes part, with its public constants."""
+    return _answer(message, context, _prepare)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Trains one round; charged before it begins, stored before it is sent."""
+    return _answer(message, context, _train)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluates the global model; charged before it begins, stored before it is sent."""
+    return _answer(message, context, _evaluate)
+
+
+@app.query("deliver")
+def deliver(message: Message, context: Context) -> Message:
+    """Keeps the final model."""
+    return _answer(message, context, _deliver)
+
+
+def _prepare(site: Site, plan: Plan, task: exchange.Task) -> RecordDict:
+    return exchange.prepared_record(work.prepare(site, plan, task))
+
+
+def _train(site: Site, plan: Plan, task: exchange.Task) -> RecordDict:
+    return exchange.update_record(work.train(site, plan, task, network=_network(plan.to_json())))
+
+
+def _evaluate(site: Site, plan: Plan, task: exchange.Task) -> RecordDict:
+    return exchange.scored_record(work.evaluate(site, plan, task, network=_network(plan.to_json())))
+
+
+def _deliver(site: Site, plan: Plan, task: exchange.Task) -> RecordDict:
+    work.keep_model(site, plan, task, network=_network(plan.to_json()))
+    return exchange.delivered_record()
+
+
+def _answer(
+    message: Message, context: Context, do: Callable[[Site, Plan, exchange.Task], RecordDict]
+) -> Message:
+    """Runs a task; whatever goes wrong leaves as a constant code, the text stays in the site's log."""
+    try:
+        site = open_site(site_directory(context.node_config))
+        task = exchange.read_task(message.content)
+        plan = _plan(str(context.run_config["plan"]))
+        if task.plan_hash != plan.hash or task.run != context.run_config["run"]:
+            raise Refusal("other_plan")
+        content = do(site, plan, task)
+    except Refusal as refusal:
+        logger.info("declined: %s", refusal)
+        content = exchange.refusal_record(refusal.code)
+    except ConfigError as error:
+        logger.error("incompatible plan: %s", error)
+        content = exchange.refusal_record("incompatible_plan")
+    except FeverfewError as error:
+        logger.error("%s", error)
+        content = exchange.refusal_record("site_error")
+    except Exception:
+        logger.exception("task failed")
+        content = exchange.refusal_record("site_error")
+    return Message(content, reply_to=message)
+
+
+@lru_cache(maxsize=4)
+def _plan(text: str) -> Plan:
+    return Plan.from_json(text)
+
+
+@lru_cache(maxsize=4)
+def _network(text: str) -> nn.Module:
+    """One network per plan and process; its parameters are overwritten by every task."""
+    return model.build(_plan(text))

@@ -1,0 +1,40 @@
+"""Which plans this hospital has agreed to, and what it never agrees to."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+
+from client.replies import write_durably
+from client.site import Site
+from common.errors import Refusal
+from common.plan import Plan
+
+
+def require(site: Site, plan: Plan) -> None:
+    """Checks that the hospital agreed to a plan. The hospital's own limits win over any approval.
+
+    Raises:
+        Refusal: code ``seeded_noise`` or ``not_approved``.
+    """
+    if plan.randomness == "seeded" and not site.settings.unsafe_allow_seeded_noise:
+        raise Refusal("seeded_noise")
+    if site.settings.approve != "all" and not is_approved(site, plan):
+        raise Refusal("not_approved")
+
+
+def is_approved(site: Site, plan: Plan) -> bool:
+    """Says whether a person recorded an approval of exactly this plan."""
+    return (site.private / "approvals" / f"{plan.hash}.json").is_file()
+
+
+def approve(site: Site, plan: Plan) -> None:
+    """Records a person's approval of exactly this plan."""
+    directory = site.private / "approvals"
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    record = {
+        "plan_hash": plan.hash,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "plan": plan.model_dump(mode="json"),
+    }
+    write_durably(directory / f"{plan.hash}.json", json.dumps(record, indent=1).encode())

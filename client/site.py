@@ -1,0 +1,132 @@
+"""SiteSettings: what the hospital decides. Its limits win over any plan."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from common.errors import ConfigError, DataError
+from common.plan import Value, first_problem
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Split(Value):
+    """Fractions of the patients in each part; permanent from the first use on."""
+
+    train: Fraction
+    validation: Fraction
+    test: Fraction
+
+    @model_validator(mode="after")
+    def _sums_to_one(self) -> Self:
+        total = self.train + self.validation + self.test
+        if abs(total - 1) > 1e-9:
+            raise ValueError(f"expected fractions that sum to 1, found {total}")
+        return self
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts that have patients, in fixed order."""
+        return tuple(name for name in ("train", "validation", "test") if getattr(self, name) > 0)
+
+
+class SiteSettings(Value):
+    """The hospital's own settings, read from ``site.yaml``; every key is explained there."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,39}$")]
+    role: Literal["training", "evaluation"]
+    data: Literal["private", "public"]
+    nominal_patients: Annotated[int, Field(ge=1, le=10_000_000)]
+    patient_is: Literal["column", "case"]
+    split: Split
+    max_epsilon: Annotated[float, Field(ge=0, le=1e6)]
+    delta: Annotated[float, Field(gt=0, lt=0.1)]
+    unsafe_allow_seeded_noise: bool
+    approve: Literal["all", "none"]
+    max_repeats: Annotated[int, Field(ge=0, le=100)]
+    threads: Annotated[int, Field(ge=1, le=256)]
+
+    @model_validator(mode="after")
+    def _public_data_is_for_evaluation(self) -> Self:
+        if self.data == "public" and self.role != "evaluation":
+            raise ValueError("data: public goes with role: evaluation only")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One hospital: a directory and its settings."""
+
+    directory: Path
+    settings: SiteSettings
+
+    @property
+    def name(self) -> str:
+        return self.settings.name
+
+    @property
+    def table(self) -> Path:
+        """The case table ``cases.csv``."""
+        return self.directory / "cases.csv"
+
+    @property
+    def private(self) -> Path:
+        """Keys and everything that names a case; mode 0700; never leaves."""
+        return self.directory / "private"
+
+    @property
+    def state(self) -> Path:
+        """Ledger, replies, models, events."""
+        return self.directory / "state"
+
+    @property
+    def cache(self) -> Path:
+        """Preprocessed cases; can be deleted at any time."""
+        return self.directory / "cache"
+
+
+def site_directory(node_config: Mapping[str, object]) -> Path:
+    """Returns the site directory of a ClientApp's node: named by the agent, or, in Flower's own simulation
+    runtime, the ``partition-id``-th line of the environment variable ``FEVERFEW_SITES``."""
+    if "site" in node_config:
+        return Path(str(node_config["site"]))
+    return Path(os.environ["FEVERFEW_SITES"].splitlines()[int(str(node_config["partition-id"]))])
+
+
+def open_site(directory: Path) -> Site:
+    """Reads ``site.yaml`` of a site directory.
+
+    Raises:
+        DataError: no such directory or no ``site.yaml``.
+        ConfigError: a key of ``site.yaml`` is unknown, missing or wrong.
+    """
+    path = directory / "site.yaml"
+    if not path.is_file():
+        raise DataError(
+            f"Expected a site directory with site.yaml, found none at {directory}; "
+            "make one with feverfew-client init."
+        )
+    return Site(directory=directory, settings=read_settings(path))
+
+
+def read_settings(path: Path) -> SiteSettings:
+    """Reads and validates ``site.yaml``.
+
+    Raises:
+        ConfigError: not YAML, or a key is unknown, missing or wrong.
+    """
+    try:
+        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Expected YAML in {path}, found: {str(error).splitlines()[0]}.") from None
+    try:
+        return SiteSettings.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {first_problem(error)}") from None

@@ -1,0 +1,67 @@
+"""The permanent split of a site by patient, keyed by the site's secret."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+
+from client import files
+from client.site import Site, Split
+from common import keys
+from common.errors import DataError
+
+KEY_BYTES = 32
+
+
+def make_key(site: Site, *, secret: bytes | None = None) -> None:
+    """Writes ``private/split.key``, which decides for ever who is trained on and who is tested on.
+
+    Args:
+        secret: 32 bytes; random ones unless given.
+
+    Raises:
+        FileExistsError: there is one already; another would move patients between the parts.
+    """
+    content = (secret or os.urandom(KEY_BYTES)).hex().encode()
+    keys.write_secret(files.private_directory(site.private) / "split.key", content)
+
+
+def read_key(site: Site) -> bytes:
+    """Returns the 32 bytes of ``private/split.key``.
+
+    Raises:
+        DataError: the file does not hold 64 hexadecimal digits.
+        UserError: there is none, or others than its owner can read it.
+    """
+    path = site.private / "split.key"
+    try:
+        secret = bytes.fromhex(keys.read_secret(path).decode("ascii"))
+    except ValueError:
+        secret = b""
+    if len(secret) != KEY_BYTES:
+        raise DataError(f"Expected {2 * KEY_BYTES} hexadecimal digits in {path}; restore it from a backup.")
+    return secret
+
+
+def pseudonym(text: str, *, secret: bytes) -> bytes:
+    """Returns HMAC-SHA256 of a text under the site's secret, 32 bytes."""
+    return hmac.digest(secret, text.encode(), hashlib.sha256)
+
+
+def part_of(patient: bytes, *, split: Split) -> str:
+    """Returns the part of a patient, given the patient's pseudonym.
+
+    The first 53 bits are a number in [0, 1), compared with the cumulated fractions; so a patient's part
+    depends on nobody else, and patients in the order of their pseudonyms are in the order of the parts.
+
+    >>> part_of(bytes(32), split=Split(train=0.7, validation=0.1, test=0.2))
+    'train'
+    """
+    position = (int.from_bytes(patient[:8], "big") >> 11) / 2**53
+    end = 0.0
+    for name in split.parts[:-1]:
+        end += getattr(split, name)
+        if position < end:
+            return name
+    return split.parts[-1]

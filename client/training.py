@@ -1,0 +1,214 @@
+"""Local DP-SGD where the unit is the patient.
+
+Each step samples patients by Poisson sampling; every sampled patient contributes the average gradient
+over at most ``cases_per_patient`` of its cases, clipped once to ``max_grad_norm``; Gaussian noise is
+added to the sum; the sum is divided by the plan's expected batch, a public constant.
+
+Source: Abadi et al. (2016), Deep Learning with Differential Privacy; for several records of one person,
+Levy et al. (2021), Learning with User-Level Privacy. Proximal term: Li et al. (2020), FedProx.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import nn
+from torch.nn import functional
+
+from client.cohort import Part
+from client.noise import Key
+from common import model as models
+from common.model import FlatArray
+from common.plan import DpSgd, NoPrivacy, Plan, Training
+from common.privacy import Mechanism
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The cases of the sampled patients of one step, grouped by patient.
+
+    images: float32, (cases, channels, *size), in [0, 1]. targets: int64, (cases,).
+    owners: int64, (cases,), index of the patient within the batch, ascending. num_patients: int.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    owners: torch.Tensor
+    num_patients: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What one round of local training yields. update: float32, (num_parameters,). train_loss: a noised
+    mean over sampled patients of their loss (exact without privacy); None if no step was made."""
+
+    update: FlatArray
+    train_loss: float | None
+
+
+class Gradient(Protocol):
+    """Adds up patients' gradients over the batches of one step, then writes ``p.grad`` once."""
+
+    def accumulate(self, batch: Batch) -> float:
+        """Adds the patients of a batch; returns the sum of their (bounded) losses."""
+        ...
+
+    def finish(self) -> float:
+        """Writes ``p.grad`` from all that was added since the last call; returns the loss sum's noise."""
+        ...
+
+    def close(self) -> None:
+        """Takes off the network what was hooked to it."""
+        ...
+
+
+def train(
+    network: nn.Module,
+    part: Part,
+    *,
+    plan: Plan,
+    mechanism: Mechanism,
+    key: Key,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+) -> Trained:
+    """Trains the network in place for one round and returns its change.
+
+    Guarantee: with ``DpSgd``, the update and the loss together are one release of ``local_steps``
+    Poisson-subsampled Gaussian mechanisms with ``mechanism.noise_multiplier`` and ``sample_rate``.
+    An empty batch is a legal step and adds noise like any other.
+    """
+    training = plan.training
+    start = models.flatten(network)
+    network.train()
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        lr=training.learning_rate,
+        momentum=training.momentum,
+        weight_decay=training.weight_decay,
+    )
+    gradient = gradient_of(network, optimizer, plan=plan, mechanism=mechanism, noise=key.stream("noise"))
+    anchor = [parameter.detach().clone() for parameter in network.parameters()]
+    sampling, choosing = key.stream("sampling"), key.stream("cases")
+    loss_sum = 0.0
+    for step in range(training.local_steps):
+        optimizer.zero_grad()
+        sampled = np.flatnonzero(sampling.random(len(part.patients)) < mechanism.sample_rate)
+        for batch in batches(part, sampled, training=training, choosing=choosing):
+            loss_sum += gradient.accumulate(batch)
+        loss_sum += gradient.finish()
+        _add_proximal_term(network, anchor, mu=training.proximal_mu)
+        optimizer.step()
+        on_step(step + 1, training.local_steps)
+    gradient.close()
+    divisor = training.expected_batch * training.local_steps
+    return Trained(update=models.flatten(network) - start, train_loss=loss_sum / divisor if divisor else None)
+
+
+def batches(
+    part: Part, sampled: Sequence[int] | np.ndarray[Any, Any], *, training: Training, choosing: Generator
+) -> Iterator[Batch]:
+    """Cuts the sampled patients into batches of at most ``physical_batch`` cases; a patient is never cut."""
+    group: list[np.ndarray[Any, Any]] = []
+    for patient in sampled:
+        cases = part.patients[patient]
+        if len(cases) > training.cases_per_patient:
+            cases = np.sort(choosing.choice(cases, training.cases_per_patient, replace=False))
+        if group and sum(map(len, group)) + len(cases) > training.physical_batch:
+            yield _batch(part, group)
+            group = []
+        group.append(cases)
+    if group:
+        yield _batch(part, group)
+
+
+def _batch(part: Part, group: list[np.ndarray[Any, Any]]) -> Batch:
+    cases = np.concatenate(group)
+    return Batch(
+        images=to_input(part.images[cases]),
+        targets=torch.from_numpy(part.labels[cases]),
+        owners=torch.from_numpy(np.repeat(np.arange(len(group)), [len(own) for own in group])),
+        num_patients=len(group),
+    )
+
+
+def to_input(images: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
+    """Returns uint8 cases as the network's input: float32 in [0, 1]."""
+    return torch.from_numpy(images.astype(np.float32) / np.float32(255))
+
+
+def case_losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Returns the cross-entropy of each case: float32, (cases,); sigmoid for one output, else softmax."""
+    if outputs.shape[1] == 1:
+        return functional.binary_cross_entropy_with_logits(
+            outputs[:, 0], targets.to(outputs.dtype), reduction="none"
+        )
+    return functional.cross_entropy(outputs, targets, reduction="none")
+
+
+def patient_means(values: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Averages rows over each patient's cases: (cases, ...) -> (num_patients, ...)."""
+    counts = torch.bincount(batch.owners, minlength=batch.num_patients).to(values.dtype)
+    if batch.num_patients == len(values):
+        return values
+    sums = values.new_zeros((batch.num_patients, *values.shape[1:])).index_add_(0, batch.owners, values)
+    return sums / counts.reshape(-1, *[1] * (values.dim() - 1))
+
+
+def _add_proximal_term(network: nn.Module, anchor: list[torch.Tensor], *, mu: float) -> None:
+    """Adds mu (w - w_received) after the noise: it depends on released values only."""
+    if mu:
+        for parameter, origin in zip(network.parameters(), anchor, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.add_(parameter.detach() - origin, alpha=mu)
+
+
+def gradient_of(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    plan: Plan,
+    mechanism: Mechanism,
+    noise: Generator,
+) -> Gradient:
+    """Returns the gradient of the plan's privacy mechanism; both kinds have one interface."""
+    match plan.privacy:
+        case NoPrivacy():
+            return PlainGradient(network, expected_batch=plan.training.expected_batch)
+        case DpSgd() as privacy:
+            from client.clipping import PrivateGradient  # Opacus takes seconds to import
+
+            return PrivateGradient(
+                network,
+                optimizer,
+                privacy=privacy,
+                noise_multiplier=mechanism.noise_multiplier,
+                expected_batch=plan.training.expected_batch,
+                noise=noise,
+            )
+
+
+class PlainGradient:
+    """The gradient of the mean over patients by ordinary backpropagation: no clipping, no noise."""
+
+    def __init__(self, network: nn.Module, *, expected_batch: int) -> None:
+        self._network = network
+        self._expected_batch = expected_batch
+
+    def accumulate(self, batch: Batch) -> float:
+        losses = patient_means(case_losses(self._network(batch.images), batch.targets), batch)
+        (losses.sum() / self._expected_batch).backward()  # type: ignore[no-untyped-call]
+        return float(losses.detach().double().sum())
+
+    def finish(self) -> float:
+        for parameter in self._network.parameters():
+            if parameter.grad is None:  # nobody was sampled
+                parameter.grad = torch.zeros_like(parameter)
+        return 0.0
+
+    def close(self) -> None:
+        return None

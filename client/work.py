@@ -1,0 +1,224 @@
+"""What a site does for each kind of task, with the privacy rules in their order:
+approval, charge on disk, work, reply on disk, reply sent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors.numpy import save
+from torch import nn
+
+from client import approval, evaluation, release, replies, training
+from client.cohort import Cohort, Part, open_cohort
+from client.noise import Key, secure_key, seeded_key
+from client.replies import Reply
+from client.site import Site
+from common import model
+from common.errors import Refusal
+from common.exchange import Prepared, Scored, Task, Update
+from common.metrics import Scores
+from common.plan import NoPrivacy, Plan, Preprocessing
+from common.privacy import Mechanism, Spend, mechanism, run_spends
+from common.trail import Trail
+
+
+def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
+    """Says whether this site takes part: approved, within budget, able. Releases public constants only.
+
+    The cohort is opened here, so that the first round is not the one that decodes every image.
+    """
+    reason = ""
+    try:
+        approval.require(site, plan)
+        _require_budget(site, plan)
+        _cohort(site, plan)
+    except Refusal as refusal:
+        reason = refusal.code
+    status = {"": "approved", "not_approved": "waiting"}.get(reason, "declined")
+    noise = mechanism(plan, nominal_patients=site.settings.nominal_patients).noise_multiplier
+    _trail(site).record("prepared", run=task.run, plan_hash=plan.hash, status=status, reason=reason)
+    return Prepared(
+        site=site.name,
+        status=status,
+        reason=reason,
+        role=site.settings.role,
+        data=site.settings.data,
+        nominal_patients=site.settings.nominal_patients,
+        patient_is=site.settings.patient_is,
+        parts=site.settings.split.parts,
+        noise_multiplier=noise,
+        feverfew=version("feverfew"),
+    )
+
+
+def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
+    """Trains one round, or returns the stored reply where this very task was done before.
+
+    Raises:
+        Refusal: not approved, over budget, wrong parameters, or an evaluation site.
+    """
+    if site.settings.role != "training":
+        raise Refusal("evaluation_only")
+    chosen = _mechanism(site, plan)
+    part = _cohort(site, plan).parts["train"]
+
+    def work() -> Reply:
+        model.load(network, task.parameters)
+        key = _key(site, plan, task)
+        with _progress(site, plan, task) as on_step:
+            trained = training.train(network, part, plan=plan, mechanism=chosen, key=key, on_step=on_step)
+        fields = {"weight": _weight(site, plan, part), "train_loss": trained.train_loss}
+        return Reply(arrays={"update": trained.update}, fields=fields)
+
+    spend = chosen.training(plan.training.local_steps)
+    _require_shape(network, task)
+    reply = release.once(site, plan, task, part="train", spend=spend, work=work)
+    loss = reply.fields["train_loss"]
+    return Update(
+        server_round=task.server_round,
+        values=reply.arrays["update"],
+        weight=float(reply.fields["weight"] or 0),
+        train_loss=None if loss is None else float(loss),
+    )
+
+
+def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Scored:
+    """Evaluates a part: noised histograms, or exact scores without privacy and for public data.
+
+    Raises:
+        Refusal: not approved, over budget, wrong parameters, or a part that this site does not have.
+    """
+    if task.part not in ("validation", "test") or task.part not in site.settings.split.parts:
+        raise Refusal("no_such_part")
+    part = _cohort(site, plan).parts[task.part]
+    is_exact = sends_exact_scores(plan, data=site.settings.data)
+    chosen = _mechanism(site, plan)
+    num_classes = len(plan.classes)
+
+    def work() -> Reply:
+        model.load(network, task.parameters)
+        exact = evaluation.scores(network, part, num_classes=num_classes)
+        _keep_scores(site, task, exact)
+        if is_exact:
+            arrays = {"scores": exact.scores, "targets": exact.targets, "weights": exact.weights}
+            return Reply(arrays=arrays, fields={"noise_std": 0.0})
+        histogram, std = evaluation.noised_histogram(
+            exact,
+            bins=plan.evaluation.bins,
+            num_classes=num_classes,
+            noise_multiplier=chosen.evaluation_noise_multiplier[task.part],
+            noise=_key(site, plan, task).stream(f"evaluation/{task.part}"),
+        )
+        return Reply(arrays={"histogram": histogram.counts}, fields={"noise_std": std})
+
+    spend = None if is_exact else chosen.evaluation(task.part)
+    _require_shape(network, task)
+    reply = release.once(site, plan, task, part=task.part, spend=spend, work=work)
+    return Scored(
+        server_round=task.server_round,
+        part=task.part,
+        arrays=reply.arrays,
+        noise_std=float(reply.fields["noise_std"] or 0),
+    )
+
+
+def sends_exact_scores(plan: Plan, *, data: str) -> bool:
+    """Says whether a site sends exact scores: without privacy, or where the site's data are public."""
+    return isinstance(plan.privacy, NoPrivacy) or data == "public"
+
+
+def keep_model(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Path:
+    """Writes the final model to ``state/models/<run>/``; returns the directory."""
+    approval.require(site, plan)
+    _require_shape(network, task)
+    directory = site.state / "models" / task.run
+    directory.mkdir(parents=True, exist_ok=True)
+    replies.write_durably(directory / "plan.json", plan.to_json().encode())
+    named = model.named_arrays(network, task.parameters)
+    replies.write_durably(directory / "model.safetensors", save(named))
+    _trail(site).record("model_received", run=task.run, plan_hash=plan.hash)
+    return directory
+
+
+def _require_shape(network: nn.Module, task: Task) -> None:
+    expected = model.num_parameters(network)
+    if task.parameters.shape != (expected,):
+        raise Refusal("wrong_parameters", f"expected {expected} parameters, found {task.parameters.shape}")
+
+
+def _require_budget(site: Site, plan: Plan) -> None:
+    spends = planned_spends(site, plan)
+    if spends:
+        with release.open_ledger(site) as ledger:
+            ledger.require_affordable(spends)
+
+
+def planned_spends(site: Site, plan: Plan) -> dict[str, tuple[Spend, ...]]:
+    """Returns what a run of the plan will charge this site, by part."""
+    settings = site.settings
+    if settings.data == "public":
+        return {}
+    parts = [part for part in settings.split.parts if part != "train" or settings.role == "training"]
+    return run_spends(plan, nominal_patients=settings.nominal_patients, parts=parts)
+
+
+def _mechanism(site: Site, plan: Plan) -> Mechanism:
+    return mechanism(plan, nominal_patients=site.settings.nominal_patients)
+
+
+def _key(site: Site, plan: Plan, task: Task) -> Key:
+    if plan.randomness == "secure":
+        return secure_key()
+    return seeded_key(seed=plan.seed, plan_hash=plan.hash, server_round=task.server_round, site=site.name)
+
+
+def _weight(site: Site, plan: Plan, part: Part) -> float:
+    """The site's weight in the average: public, but for ``examples``, which privacy=none alone allows."""
+    match plan.strategy.weights:
+        case "equal":
+            return 1.0
+        case "nominal":
+            return float(site.settings.nominal_patients)
+        case "examples":
+            return float(max(1, len(part.patients)))
+
+
+def _cohort(site: Site, plan: Plan) -> Cohort:
+    frozen = site.private / "cohort.json"
+    stamp = frozen.stat().st_mtime_ns if frozen.exists() else 0
+    return _opened(site, plan.preprocessing, plan.classes, stamp)
+
+
+@lru_cache(maxsize=64)
+def _opened(site: Site, preprocessing: Preprocessing, classes: tuple[str, ...], stamp: int) -> Cohort:
+    return open_cohort(site, preprocessing=preprocessing, classes=classes)
+
+
+def _keep_scores(site: Site, task: Task, exact: Scores) -> None:
+    """Keeps the exact scores at the site, for its own report."""
+    directory = site.state / "scores" / task.run
+    directory.mkdir(parents=True, exist_ok=True)
+    arrays = {"scores": exact.scores, "targets": exact.targets, "weights": exact.weights}
+    (directory / f"{task.part}.safetensors").write_bytes(save(arrays))
+
+
+@contextmanager
+def _progress(site: Site, plan: Plan, task: Task) -> Iterator[Callable[[int, int], None]]:
+    """Shows the site's own people how far a round is: ``state/progress.json``."""
+    path = site.state / "progress.json"
+
+    def on_step(step: int, steps: int) -> None:
+        path.write_text(
+            json.dumps({"run": task.run, "round": task.server_round, "step": step, "steps": steps})
+        )
+
+    yield on_step
+
+
+def _trail(site: Site) -> Trail:
+    return Trail(site.state / "events.jsonl")

@@ -1,0 +1,333 @@
+"""All that crosses the network, as typed values <-> Flower's records.
+
+A task is a ``RecordDict`` with one ``ConfigRecord`` "task" and, where parameters travel, one
+``ArrayRecord`` "arrays" that holds one flat float32 array. A reply has either a ``MetricRecord`` "metrics"
+and an ``ArrayRecord`` "arrays", or one ``ConfigRecord``: "reply", "delivered" or "refused".
+``docs/privacy.md`` lists every field of a reply; nothing else may leave a site.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from common.errors import InvalidReply, Refusal
+from common.model import FlatArray
+
+PREPARE, TRAIN, EVALUATE, DELIVER = "query.prepare", "train", "evaluate", "query.deliver"
+
+FloatArray = np.ndarray[Any, np.dtype[Any]]
+Purpose = Literal["prepare", "train", "evaluate", "deliver"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What the server asks a site in one message.
+
+    ``server_round`` is 0 for prepare. ``part`` is "validation" or "test" for evaluate, else "".
+    ``parameters``: float32, (num_parameters,), or empty for prepare.
+    """
+
+    run: str
+    plan_hash: str
+    server_round: int
+    purpose: Purpose
+    part: str
+    parameters: FlatArray
+
+    @property
+    def identity(self) -> str:
+        """sha256 over run, plan, round, purpose, part and the parameters: the same task has the same."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.parameters).tobytes()).hexdigest()
+        text = "\n".join([self.run, self.plan_hash, str(self.server_round), self.purpose, self.part, digest])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A site's answer before round 1; every field is a public constant of the site.
+
+    ``status``: approved, waiting, declined or incompatible; ``reason``: a code, "" when approved.
+    """
+
+    site: str
+    status: str
+    reason: str
+    role: str
+    data: str
+    nominal_patients: int
+    patient_is: str
+    parts: tuple[str, ...]
+    noise_multiplier: float
+    feverfew: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Update:
+    """A site's training of one round. ``values``: float32, (num_parameters,). ``weight``: public.
+    ``train_loss``: noised under DP, None if no step was made."""
+
+    server_round: int
+    values: FlatArray
+    weight: float
+    train_loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A site's evaluation. Either ``histogram`` (float64, (heads, 2, bins), noised with ``noise_std``)
+    or, without privacy or for public data, exact ``scores``, ``targets`` and ``weights``."""
+
+    server_round: int
+    part: str
+    arrays: Mapping[str, FloatArray]
+    noise_std: float
+
+
+def task_record(task: Task) -> RecordDict:
+    """Packs a task."""
+    fields = ConfigRecord(
+        {
+            "run": task.run,
+            "plan-hash": task.plan_hash,
+            "server-round": task.server_round,
+            "purpose": task.purpose,
+            "part": task.part,
+        }
+    )
+    record = RecordDict({"task": fields})
+    if task.parameters.size:
+        record["arrays"] = ArrayRecord({"parameters": Array(task.parameters)})
+    return record
+
+
+def read_task(record: RecordDict) -> Task:
+    """Unpacks a task.
+
+    Raises:
+        Refusal: the message is not a task of this protocol; code ``malformed_task``.
+    """
+    try:
+        fields = record.config_records["task"]
+        arrays = record.array_records.get("arrays")
+        parameters = arrays["parameters"].numpy() if arrays is not None else np.zeros(0, np.float32)
+        task = Task(
+            run=_text(fields["run"]),
+            plan_hash=_text(fields["plan-hash"]),
+            server_round=_count(fields["server-round"]),
+            purpose=_text(fields["purpose"]),  # type: ignore[arg-type]
+            part=_text(fields["part"]),
+            parameters=parameters,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise Refusal("malformed_task", str(error)) from None
+    if parameters.ndim != 1 or parameters.dtype != np.float32 or not np.isfinite(parameters).all():
+        raise Refusal("malformed_task", "parameters are not one finite float32 array")
+    return task
+
+
+def prepared_record(prepared: Prepared) -> RecordDict:
+    """Packs the answer to prepare."""
+    fields = {name: getattr(prepared, name) for name in _PREPARED_FIELDS}
+    fields["parts"] = list(prepared.parts)
+    return RecordDict({"reply": ConfigRecord(fields)})
+
+
+_PREPARED_FIELDS = tuple(Prepared.__dataclass_fields__)
+
+
+def read_prepared(record: RecordDict) -> Prepared:
+    """Unpacks and validates the answer to prepare.
+
+    Raises:
+        InvalidReply: fields are missing, too many or of the wrong kind.
+    """
+    try:
+        fields: dict[str, Any] = dict(record.config_records["reply"])
+        if set(fields) != set(_PREPARED_FIELDS) or len(record) != 1:
+            raise InvalidReply("records")
+        for name in ("site", "status", "reason", "role", "data", "patient_is", "feverfew"):
+            fields[name] = _text(fields[name])
+        fields["parts"] = tuple(_text(part) for part in fields["parts"])
+        fields["nominal_patients"] = _count(fields["nominal_patients"])
+        fields["noise_multiplier"] = _finite(fields["noise_multiplier"])
+    except (KeyError, TypeError, ValueError):
+        raise InvalidReply("records") from None
+    if fields["nominal_patients"] < 1 or fields["noise_multiplier"] < 0:
+        raise InvalidReply("records")
+    return Prepared(**fields)
+
+
+def refusal_record(code: str) -> RecordDict:
+    """Packs a refusal: a constant code and nothing else."""
+    return RecordDict({"refused": ConfigRecord({"code": code})})
+
+
+def delivered_record() -> RecordDict:
+    """Packs the answer to deliver."""
+    return RecordDict({"delivered": ConfigRecord({"delivered": True})})
+
+
+def require_accepted(record: RecordDict) -> None:
+    """Checks that a reply is not a refusal.
+
+    Raises:
+        InvalidReply: code ``refused_<code of the site>``; a code that is not a short word is cut off.
+    """
+    refused = record.config_records.get("refused")
+    if refused is None:
+        return
+    code = refused.get("code")
+    is_word = isinstance(code, str) and code.isidentifier() and code.isascii() and len(code) <= 40
+    raise InvalidReply(f"refused_{code}" if is_word else "refused")
+
+
+def update_record(update: Update) -> RecordDict:
+    """Packs a training reply."""
+    metrics: dict[str, int | float] = {"server-round": update.server_round, "weight": update.weight}
+    if update.train_loss is not None:
+        metrics["train-loss"] = update.train_loss
+    return RecordDict(
+        {"arrays": ArrayRecord({"update": Array(update.values)}), "metrics": MetricRecord(dict(metrics))}
+    )
+
+
+def read_update(
+    record: RecordDict, *, server_round: int, num_parameters: int, bound: float, weight: float | None
+) -> Update:
+    """Unpacks and validates a training reply.
+
+    Args:
+        bound: largest magnitude of an element that is believed.
+        weight: the public weight the reply must carry; None where the site's exact count is the weight.
+
+    Raises:
+        InvalidReply: code ``records``, ``server_round``, ``weight``, ``shape``, ``dtype``,
+            ``non_finite`` or ``out_of_bound``.
+    """
+    arrays, metrics = _only(record, "update")
+    if not {"server-round", "weight"} <= set(metrics) <= {"server-round", "weight", "train-loss"}:
+        raise InvalidReply("records")
+    if metrics["server-round"] != server_round:
+        raise InvalidReply("server_round")
+    claimed = _weight(metrics["weight"])
+    if weight is not None and claimed != weight:
+        raise InvalidReply("weight")
+    values = _decoded(arrays["update"], shape=(num_parameters,), dtype="float32")
+    if np.abs(values).max(initial=0.0) > bound:
+        raise InvalidReply("out_of_bound")
+    loss = metrics.get("train-loss")
+    return Update(
+        server_round=server_round,
+        values=values,
+        weight=claimed,
+        train_loss=None if loss is None else _metric(loss),
+    )
+
+
+def scored_record(scored: Scored) -> RecordDict:
+    """Packs an evaluation reply."""
+    return RecordDict(
+        {
+            "arrays": ArrayRecord({name: Array(value) for name, value in scored.arrays.items()}),
+            "metrics": MetricRecord({"server-round": scored.server_round, "noise-std": scored.noise_std}),
+        }
+    )
+
+
+def read_scored(
+    record: RecordDict, *, server_round: int, part: str, heads: int, bins: int, exact: bool
+) -> Scored:
+    """Unpacks and validates an evaluation reply.
+
+    Raises:
+        InvalidReply: code ``records``, ``server_round``, ``shape``, ``dtype`` or ``non_finite``.
+    """
+    names = ("scores", "targets", "weights") if exact else ("histogram",)
+    arrays, metrics = _only(record, *names)
+    if set(metrics) != {"server-round", "noise-std"}:
+        raise InvalidReply("records")
+    if metrics["server-round"] != server_round:
+        raise InvalidReply("server_round")
+    if exact:
+        cases = arrays["weights"].shape[0] if len(arrays["weights"].shape) == 1 else -1
+        decoded = {
+            "scores": _decoded(arrays["scores"], shape=(cases, heads), dtype="float32"),
+            "targets": _decoded(arrays["targets"], shape=(cases, heads), dtype="int8"),
+            "weights": _decoded(arrays["weights"], shape=(cases,), dtype="float64"),
+        }
+    else:
+        decoded = {"histogram": _decoded(arrays["histogram"], shape=(heads, 2, bins), dtype="float64")}
+    noise_std = _metric(metrics["noise-std"])
+    if noise_std < 0:
+        raise InvalidReply("records")
+    return Scored(server_round=server_round, part=part, arrays=decoded, noise_std=noise_std)
+
+
+def _only(record: RecordDict, *names: str) -> tuple[ArrayRecord, MetricRecord]:
+    """Returns the two records of a reply that has exactly these arrays and nothing else."""
+    if set(record) != {"arrays", "metrics"}:
+        raise InvalidReply("records")
+    arrays, metrics = record["arrays"], record["metrics"]
+    if not isinstance(arrays, ArrayRecord) or not isinstance(metrics, MetricRecord):
+        raise InvalidReply("records")
+    if set(arrays) != set(names):
+        raise InvalidReply("records")
+    return arrays, metrics
+
+
+def _decoded(array: Array, *, shape: tuple[int, ...], dtype: str) -> FloatArray:
+    """Decodes an array; the declared shape may lie, so the decoded one is checked too."""
+    if tuple(array.shape) != shape:
+        raise InvalidReply("shape")
+    if array.dtype != dtype:
+        raise InvalidReply("dtype")
+    try:
+        values = array.numpy()
+    except (ValueError, OSError, EOFError, TypeError):
+        raise InvalidReply("shape") from None
+    if values.shape != shape:
+        raise InvalidReply("shape")
+    if str(values.dtype) != dtype:
+        raise InvalidReply("dtype")
+    if not np.isfinite(values).all():
+        raise InvalidReply("non_finite")
+    return values
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or len(value) > 256:
+        raise ValueError("expected a short text")
+    return value
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
+        raise ValueError("expected a count")
+    return value
+
+
+def _finite(value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+        raise ValueError("expected a finite number")
+    return float(value)
+
+
+def _metric(value: object) -> float:
+    try:
+        return _finite(value)
+    except ValueError:
+        raise InvalidReply("non_finite") from None
+
+
+def _weight(value: object) -> float:
+    weight = _metric(value)
+    if not 0 < weight <= 1e7:
+        raise InvalidReply("weight")
+    return weight

@@ -1,0 +1,271 @@
+"""Pure arithmetic: a history of noisy releases -> epsilon; a target -> the noise multiplier.
+
+Everything here is a function of public values; nothing reads data or state.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+from common.errors import PrivacyTargetError
+from common.plan import DpSgd, Plan
+
+_LARGEST_NOISE_MULTIPLIER = 1e4
+_EPSILON_ERROR_FRACTION = 3e-3  # what the PRV accountant may overstate epsilon by, relative to epsilon
+_TARGET_SLACK_FRACTION = 4e-3  # calibration stops when epsilon lies this close below the target
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spend:
+    """``steps`` Gaussian releases, each of Poisson-sampled patients.
+
+    ``noise_multiplier``: standard deviation of the noise over the L2 sensitivity. ``sample_rate``:
+    probability that a patient is in a step; 1 for a release of every patient.
+    """
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epsilon:
+    """An upper bound and the accountant that proved it: ``gaussian`` (exact), ``prv`` or ``rdp``."""
+
+    value: float
+    accountant: str
+
+
+def merged(history: Iterable[Spend]) -> tuple[Spend, ...]:
+    """Adds up the steps of equal releases; the order of the result is fixed."""
+    steps: Counter[tuple[float, float]] = Counter()
+    for spend in history:
+        steps[spend.noise_multiplier, spend.sample_rate] += spend.steps
+    return tuple(
+        Spend(noise_multiplier=noise, sample_rate=rate, steps=count)
+        for (noise, rate), count in sorted(steps.items())
+        if count > 0
+    )
+
+
+def epsilon(history: Iterable[Spend], *, delta: float) -> Epsilon:
+    """Returns the epsilon that the whole history costs at ``delta``, cumulative over all of it.
+
+    Guarantee: (epsilon, delta)-DP at patient level under add/remove of one patient, if every step sampled
+    patients independently at ``sample_rate`` and its noise was drawn as stated.
+
+    ============================  =========================
+    history                       result
+    ============================  =========================
+    empty, or steps = 0           0
+    only sample_rate = 1          exact (Balle and Wang)
+    else                          PRV, or RDP where PRV fails
+    ============================  =========================
+
+    Source: Balle and Wang (2018), Improving the Gaussian Mechanism; Gopi, Lee and Wutschitz (2021),
+    Numerical Composition of Differential Privacy; Mironov, Talwar and Zhang (2019).
+
+    >>> round(epsilon([Spend(noise_multiplier=1.0, sample_rate=1.0, steps=1)], delta=1e-5).value, 3)
+    4.377
+    """
+    return _epsilon(merged(history), delta)
+
+
+@lru_cache(maxsize=4096)
+def _epsilon(history: tuple[Spend, ...], delta: float) -> Epsilon:
+    if not history:
+        return Epsilon(value=0.0, accountant="gaussian")
+    if all(spend.sample_rate == 1.0 for spend in history):
+        mu = math.sqrt(sum(spend.steps / spend.noise_multiplier**2 for spend in history))
+        return Epsilon(value=_gaussian_epsilon(mu, delta), accountant="gaussian")
+    rdp = _rdp_epsilon(history, delta)
+    try:
+        prv = _prv_epsilon(history, delta, error=max(1e-4, rdp * _EPSILON_ERROR_FRACTION))
+    except (RuntimeError, ValueError, OverflowError, MemoryError):
+        prv = math.inf  # the grid of the numerical composition does not exist for extreme values
+    if 0 <= prv <= rdp:
+        return Epsilon(value=prv, accountant="prv")
+    return Epsilon(value=rdp, accountant="rdp")
+
+
+def _gaussian_epsilon(mu: float, delta: float) -> float:
+    """Smallest epsilon of a mu-Gaussian-DP mechanism at delta (Dong, Roth and Su 2022, Corollary 2.13)."""
+    low, high = 0.0, 1.0
+    while _gaussian_delta(mu, high) > delta:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _gaussian_delta(mu, middle) > delta else (low, middle)
+    return high
+
+
+def _gaussian_delta(mu: float, eps: float) -> float:
+    normal = NormalDist()
+    second = normal.cdf(-eps / mu - mu / 2)
+    return normal.cdf(-eps / mu + mu / 2) - (math.exp(eps + math.log(second)) if second > 0 else 0.0)
+
+
+def _prv_epsilon(history: tuple[Spend, ...], delta: float, *, error: float) -> float:
+    from opacus.accountants import PRVAccountant  # seconds to import, so only where needed
+
+    accountant = PRVAccountant()
+    accountant.history = [(s.noise_multiplier, s.sample_rate, s.steps) for s in history]
+    with warnings.catch_warnings():
+        # its search for a grid asks for RDP at orders of its own and warns when the last one is best
+        warnings.simplefilter("ignore")
+        value = float(accountant.get_epsilon(delta=delta, eps_error=error))
+    return value if math.isfinite(value) else math.inf
+
+
+def _rdp_epsilon(history: tuple[Spend, ...], delta: float) -> float:
+    from opacus.accountants.analysis import rdp  # seconds to import, so only where needed
+
+    orders = [1 + x / 10.0 for x in range(1, 100)] + [float(order) for order in range(11, 64)]
+    orders += [float(order) for order in (80, 128, 256, 512, 1024)]
+    total = sum(
+        rdp.compute_rdp(
+            q=spend.sample_rate, noise_multiplier=spend.noise_multiplier, steps=spend.steps, orders=orders
+        )
+        for spend in history
+    )
+    terms = [
+        (float(cost) - (math.log(delta) + math.log(order)) / (order - 1) + math.log((order - 1) / order))
+        for cost, order in zip(total, orders, strict=True)
+    ]
+    return max(0.0, min(terms))
+
+
+@lru_cache(maxsize=1024)
+def noise_multiplier(*, target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
+    """Returns the smallest noise multiplier whose ``steps`` cost at most ``target_epsilon``.
+
+    Rounded up to four decimals, so that both ends of a federation arrive at the same number; the epsilon
+    of the result lies within 1 % below the target.
+
+    Raises:
+        PrivacyTargetError: no multiplier up to 10,000 reaches the target.
+    """
+    if steps == 0:
+        return 1.0  # never used: a run without steps releases nothing
+
+    def spend(sigma: float) -> Spend:
+        return Spend(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps)
+
+    def cost(sigma: float) -> float:
+        return epsilon([spend(sigma)], delta=delta).value
+
+    low, high = 1e-2, 1.0
+    while _rdp_epsilon((spend(high),), delta) > target_epsilon:  # cheap, and never below the true cost
+        low, high = high, high * 2
+        if high > _LARGEST_NOISE_MULTIPLIER:
+            raise PrivacyTargetError(
+                f"Expected a reachable privacy target, found target_epsilon={target_epsilon} at delta={delta} "
+                f"with sample rate {sample_rate:.3g} and {steps} steps, which no noise multiplier up to "
+                f"{_LARGEST_NOISE_MULTIPLIER:.0f} gives; raise target_epsilon or lower rounds or local_steps."
+            )
+    low *= 0.5  # the tighter accountant may need less than the RDP bracket says
+    return math.ceil(_bisect(cost, low=low, high=high, target=target_epsilon) * 1e4) / 1e4
+
+
+def _bisect(cost: Callable[[float], float], *, low: float, high: float, target: float) -> float:
+    """Returns an argument whose cost is within the slack below the target; cost falls, cost(high) fits."""
+    best, at_best = high, cost(high)
+    at_low = cost(low)
+    if at_low <= target:
+        return low
+    while at_best < target * (1 - _TARGET_SLACK_FRACTION) and best - low > 1e-5 * best:
+        # log cost is nearly a straight line in log sigma: aim a little below the target, stay inside
+        share = math.log(at_low / (target * (1 - _TARGET_SLACK_FRACTION / 2))) / math.log(at_low / at_best)
+        middle = low * (best / low) ** min(0.95, max(0.05, share))
+        at_middle = cost(middle)
+        if at_middle > target:
+            low, at_low = middle, at_middle
+        else:
+            best, at_best = middle, at_middle
+    return best
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mechanism:
+    """What one site does in a run of a plan: a function of the plan and its public nominal number."""
+
+    sample_rate: float
+    noise_multiplier: float
+    evaluation_noise_multiplier: dict[str, float]
+
+    def training(self, steps: int) -> Spend:
+        """The spend of ``steps`` training steps."""
+        return Spend(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps)
+
+    def evaluation(self, part: str, releases: int = 1) -> Spend:
+        """The spend of evaluating a part ``releases`` times."""
+        sigma = self.evaluation_noise_multiplier[part]
+        return Spend(noise_multiplier=sigma, sample_rate=1.0, steps=releases)
+
+
+def sample_rate(plan: Plan, *, nominal_patients: int) -> float:
+    """Returns q = min(1, B / nominal); never a function of the true number of patients."""
+    return min(1.0, plan.training.expected_batch / nominal_patients)
+
+
+def mechanism(plan: Plan, *, nominal_patients: int) -> Mechanism:
+    """Returns rate and noise of a site; patients of another part never see the same noise, so each part
+    may cost the whole target (the parts are disjoint sets of patients).
+
+    Raises:
+        PrivacyTargetError: the target cannot be reached.
+    """
+    privacy = plan.privacy
+    rate = sample_rate(plan, nominal_patients=nominal_patients)
+    if not isinstance(privacy, DpSgd):
+        return Mechanism(sample_rate=rate, noise_multiplier=0.0, evaluation_noise_multiplier={})
+    training = privacy.noise_multiplier or noise_multiplier(
+        target_epsilon=privacy.target_epsilon or 0.0,
+        delta=privacy.delta,
+        sample_rate=rate,
+        steps=plan.num_steps,
+    )
+    releases = {"validation": max(1, len(plan.validation_rounds)), "test": 1}
+    evaluation = {
+        part: plan.evaluation.noise_multiplier
+        or noise_multiplier(
+            target_epsilon=privacy.target_epsilon or epsilon_of_training(plan, training, rate),
+            delta=privacy.delta,
+            sample_rate=1.0,
+            steps=count,
+        )
+        for part, count in releases.items()
+    }
+    return Mechanism(sample_rate=rate, noise_multiplier=training, evaluation_noise_multiplier=evaluation)
+
+
+def epsilon_of_training(plan: Plan, sigma: float, rate: float) -> float:
+    """Returns what the plan's training costs with a given noise multiplier."""
+    assert isinstance(plan.privacy, DpSgd)
+    spend = Spend(noise_multiplier=sigma, sample_rate=rate, steps=plan.num_steps)
+    return epsilon([spend], delta=plan.privacy.delta).value
+
+
+def run_spends(plan: Plan, *, nominal_patients: int, parts: Iterable[str]) -> dict[str, tuple[Spend, ...]]:
+    """Returns all that a whole run will charge a site, by part; empty without privacy."""
+    if not isinstance(plan.privacy, DpSgd):
+        return {}
+    chosen = mechanism(plan, nominal_patients=nominal_patients)
+    spends = {
+        "train": chosen.training(plan.num_steps),
+        "validation": chosen.evaluation("validation", len(plan.validation_rounds)),
+        "test": chosen.evaluation("test", int(plan.evaluation.test_at_end)),
+    }
+    return {part: merged([spends[part]]) for part in parts}
+
+
+def worst_epsilon(by_part: dict[str, tuple[Spend, ...]], *, delta: float) -> Epsilon:
+    """Returns the largest epsilon over disjoint parts: a patient is in one part only."""
+    bounds = [epsilon(history, delta=delta) for history in by_part.values()]
+    return max(bounds, key=lambda bound: bound.value, default=Epsilon(value=0.0, accountant="gaussian"))

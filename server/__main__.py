@@ -1,0 +1,130 @@
+"""Verbs of the coordinator: ``feverfew-server init|enroll|start|submit|status``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from common import keys
+from common.command import exit_code
+from common.errors import DataError
+from common.plan import Plan
+from server import enrolment, submission
+from server.home import create_home, open_home
+from server.progress import Progress
+from server.status import Status, status
+from server.supervisor import Supervisor
+
+COMMAND = "feverfew-server"
+
+
+def main() -> None:
+    """Entry point of ``feverfew-server``."""
+    arguments = _parser().parse_args()
+    sys.exit(exit_code(lambda: arguments.verb(arguments), command=COMMAND))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=COMMAND, description="The coordinator's side of a federation.")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    init = verbs.add_parser("init", help="make a coordinator's directory with keys and certificates")
+    init.add_argument("home", type=Path)
+    init.add_argument("--host", required=True, help="DNS name or IP address under which hospitals reach it")
+    init.add_argument("--port", type=int, default=8443, help="of the gateway (default 8443)")
+    init.add_argument("--internal-port", type=int, help="of the SuperLink, loopback only (default: port + 1)")
+    init.set_defaults(verb=_init)
+
+    enroll = verbs.add_parser("enroll", help="admit a hospital by its public key")
+    enroll.add_argument("home", type=Path)
+    enroll.add_argument("name", help="the hospital's name: a-z, 0-9 and '-'")
+    enroll.add_argument("public_key", type=Path, help="the file site.pub that the hospital sent")
+    enroll.add_argument("--invitation", type=Path, help="write the invitation here (default: print it)")
+    enroll.set_defaults(verb=_enroll)
+
+    start = verbs.add_parser("start", help="run the coordinator in the foreground until stopped")
+    start.add_argument("home", type=Path)
+    start.set_defaults(verb=_start)
+
+    submit = verbs.add_parser("submit", help="run a plan and follow it to its end")
+    submit.add_argument("home", type=Path)
+    submit.add_argument("plan", type=Path, help="a plan as JSON")
+    submit.add_argument("--run", help="our id of the run; an earlier one goes on (default: a new one)")
+    submit.add_argument("--follow", action=argparse.BooleanOptionalAction, default=True)
+    submit.add_argument("--json", action="store_true", help="print the outcome as JSON on standard output")
+    submit.set_defaults(verb=_submit)
+
+    show = verbs.add_parser("status", help="show processes, sites and runs")
+    show.add_argument("home", type=Path)
+    show.add_argument("--json", action="store_true")
+    show.set_defaults(verb=_status)
+    return parser
+
+
+def _init(arguments: argparse.Namespace) -> int:
+    internal_port = arguments.internal_port or arguments.port + 1
+    home = create_home(arguments.home, host=arguments.host, port=arguments.port, internal_port=internal_port)
+    print(f"made {home.directory} for a gateway at {home.invitation.address}")
+    print(f"the fingerprint of its certificate is {home.invitation.fingerprint}")
+    return 0
+
+
+def _enroll(arguments: argparse.Namespace) -> int:
+    home = open_home(arguments.home)
+    site = enrolment.record(home, arguments.name, public_text=_text(arguments.public_key))
+    when = "now" if enrolment.register_now(home) else "when the coordinator starts"
+    invitation = home.invitation.to_text()
+    if arguments.invitation is None:
+        print(invitation, end="")
+    else:
+        arguments.invitation.write_text(invitation, encoding="ascii")
+    fingerprint = keys.fingerprint(site.public_key)
+    print(f"{site.name} is admitted {when}; its fingerprint is {fingerprint}", file=sys.stderr)
+    return 0
+
+
+def _start(arguments: argparse.Namespace) -> int:
+    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    Supervisor(home=open_home(arguments.home)).run(say=lambda text: print(text, flush=True))
+    return 0
+
+
+def _submit(arguments: argparse.Namespace) -> int:
+    home = open_home(arguments.home)
+    plan = Plan.from_json(_text(arguments.plan))
+    run = arguments.run or submission.new_run_id()
+    submitted = submission.submit(home, plan.to_json(), run)
+    print(f"run {run} of plan {plan.hash[:12]} was submitted", file=sys.stderr)
+    if not arguments.follow:
+        if arguments.json:
+            print(json.dumps({"run": run, "flower_run": submitted.flower_run}))
+        return 0
+    with Progress(num_rounds=plan.rounds) as progress:
+        outcome = submission.follow(home, submitted, show=progress.show)
+    if arguments.json:
+        print(outcome.to_json())
+    print(outcome.to_text(), file=sys.stderr)
+    return 0 if outcome.is_success else 1
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    found: Status = status(open_home(arguments.home))
+    print(found.to_json() if arguments.json else found.to_text())
+    return 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"Expected a readable file {path}, found: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise DataError(f"Expected text in {path}, found something else.") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The closing table of a run for the terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from server import page
+from server.report import Report
+
+
+def summary_table(report: Report) -> Table:
+    """Returns one row per site: cases used where known, AUROC, epsilon of budget, rounds."""
+    table = Table(
+        title=Text(f"{report.study}: {page.STATUS_WORDS[report.status].lower()}"), caption=_caption(report)
+    )
+    for name in ("site", "role"):
+        table.add_column(name)
+    for name in ("cases used", "AUROC", "95 % interval", _epsilon_heading(report), "valid rounds"):
+        table.add_column(name, justify="right")
+    for site in report.participation:
+        table.add_row(*(Text(cell) for cell in _row(report, site)))
+    return table
+
+
+def _row(report: Report, site: str) -> tuple[str, ...]:
+    part = report.participation[site]
+    result = report.final.per_site.get(site)
+    used = str(part.used) if part.used is not None else page.UNKNOWN
+    interval = result.auroc_interval if result else None
+    auroc = page.number(result.auroc if result else None)
+    return site, part.role, used, auroc, page.bounds(interval), _epsilon(report, site), str(part.rounds_valid)
+
+
+def _epsilon(report: Report, site: str) -> str:
+    """Epsilon of this run, or of all runs of budget where the site's own files could be read."""
+    if report.privacy.unit == "none":
+        return "none"
+    cost = report.privacy.per_site.get(site)
+    if cost is None:
+        return page.UNKNOWN
+    limit = cost.budget if cost.budget is not None else report.plan.get("privacy", {}).get("target_epsilon")
+    spent = cost.total_epsilon if cost.total_epsilon is not None else cost.epsilon
+    return page.upward(spent) if limit is None else f"{page.upward(spent)} of {page.upward(limit)}"
+
+
+def _epsilon_heading(report: Report) -> str:
+    budgets = any(cost.budget is not None for cost in report.privacy.per_site.values())
+    return "epsilon of budget" if budgets else "epsilon of target"
+
+
+def _caption(report: Report) -> Text:
+    final = report.final
+    told = [f"AUROC {page.number(final.auroc)}"]
+    if final.auroc_interval:
+        told.append(f"(95 % interval {page.bounds(final.auroc_interval)})")
+    if final.auroc_exact is not None:
+        told.append(f"exact {page.number(final.auroc_exact)}")
+    caption = Text(" ".join(told))
+    if report.privacy.unit == "none":
+        caption.append("\nNO PRIVACY", style="bold red")
+    else:
+        epsilon, delta = page.upward(report.privacy.max_epsilon), page.delta(report.privacy.delta)
+        caption.append(f"\nepsilon <= {epsilon} at delta {delta}")
+    if report.privacy.seeded:
+        caption.append("\nepsilon: not valid (seeded)", style="bold red")
+    return caption

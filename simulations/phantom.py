@@ -1,0 +1,231 @@
+"""Chest-radiograph phantoms: what a scanner makes of an anatomy, and the DICOM file that it writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydicom.dataset import FileDataset, FileMetaDataset
+from pydicom.uid import (
+    ComputedRadiographyImageStorage,
+    DigitalXRayImageStorageForPresentation,
+    ExplicitVRLittleEndian,
+    generate_uid,
+)
+
+from simulations.anatomy import NO_POINTS, Anatomy, Points, blur, density, line, random_pose, splat, to_pixels
+
+# Changes whenever the same numbers give other pixels or other headers; sites made by another version are remade.
+VERSION = 1
+
+FIELD_OF_VIEW_MM = 380.0
+
+Pixels = NDArray[np.uint16]
+Photometric = Literal["MONOCHROME1", "MONOCHROME2"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scanner:
+    """One X-ray device. Blur and pixel size are in mm on the detector, ``noise_sd`` in units of density."""
+
+    model: str
+    modality: Literal["DX", "CR"]
+    photometric: Photometric
+    bits_stored: int
+    rescale_slope: float
+    rescale_intercept: float
+    pixel_mm: float
+    blur_mm: float
+    gamma: float
+    noise_sd: float
+    exposure_spread: float
+
+    @property
+    def size(self) -> int:
+        """Rows and columns of its images."""
+        return round(FIELD_OF_VIEW_MM / self.pixel_mm)
+
+
+# One site in turn each, so that four sites differ in everything that a reader has to get right.
+_MODELS: tuple[tuple[str, Literal["DX", "CR"], Photometric, int, float, float], ...] = (
+    ("Aster DR 200", "DX", "MONOCHROME2", 12, 1.0, 0.0),
+    ("Borage CR 8", "CR", "MONOCHROME1", 8, 2.0, 30.0),
+    ("Comfrey DX 16", "DX", "MONOCHROME2", 16, 1.0, 0.0),
+    ("Dill DR 12", "DX", "MONOCHROME1", 12, 1.0, 0.0),
+    ("Elder CR 10", "CR", "MONOCHROME2", 12, 0.5, -100.0),
+    ("Fennel DX 2", "DX", "MONOCHROME1", 16, 1.0, 0.0),
+)
+
+
+def random_scanner(rng: np.random.Generator, *, index: int, image_size: int) -> Scanner:
+    """Draws the device of site number ``index``; ``image_size`` is what rows and columns are near to."""
+    model, modality, photometric, bits_stored, slope, intercept = _MODELS[index % len(_MODELS)]
+    return Scanner(
+        model=model,
+        modality=modality,
+        photometric=photometric,
+        bits_stored=bits_stored,
+        rescale_slope=slope,
+        rescale_intercept=intercept,
+        pixel_mm=round(FIELD_OF_VIEW_MM / image_size * rng.uniform(0.88, 1.12), 3),
+        blur_mm=float(rng.uniform(1.2, 2.6)),
+        gamma=float(rng.uniform(0.85, 1.2)),
+        noise_sd=float(rng.uniform(0.010, 0.030)),
+        exposure_spread=float(rng.uniform(0.04, 0.10)),
+    )
+
+
+def draw(anatomy: Anatomy, scanner: Scanner, rng: np.random.Generator) -> Pixels:
+    """Takes one image of a patient.
+
+    Pose, exposure, noise and the things that lie on a patient differ from image to image, the anatomy does not.
+
+    Returns:
+        Stored values, uint16, (scanner.size, scanner.size), below ``2 ** scanner.bits_stored``; of a MONOCHROME1
+        device low values are bright.
+    """
+    pose = random_pose(rng)
+    size = scanner.size
+    image = density(anatomy, pose=pose, size=size)
+    image += splat(
+        to_pixels(_objects(rng), pose=pose, size=size), size=size, blur_pixels=0.004 * size
+    )
+    image = blur(image, sigma_pixels=scanner.blur_mm / scanner.pixel_mm)
+    exposure = np.exp(rng.normal(0.0, scanner.exposure_spread))
+    # Dense parts let fewer photons through, so they are noisier.
+    noise_sd = scanner.noise_sd / np.sqrt(exposure) * np.exp(0.9 * (image - 0.7))
+    image = image + noise_sd * rng.standard_normal(image.shape, dtype=np.float32)
+    return _digitise(image * exposure, scanner=scanner)
+
+
+def write_dicom(
+    path: Path,
+    pixels: Pixels,
+    *,
+    scanner: Scanner,
+    patient_id: str,
+    study: str,
+    instance: int,
+) -> None:
+    """Writes stored values as the DICOM file that ``scanner`` would have written.
+
+    Args:
+        path: the new file.
+        pixels: stored values, uint16, (rows, columns), as ``draw`` returns them.
+        scanner: the device.
+        patient_id: the hospital's number of the patient.
+        study: any text that differs between studies; all UIDs follow from it and ``instance``.
+        instance: the number of the image in its series, from 1.
+    """
+    meta = FileMetaDataset()
+    is_dx = scanner.modality == "DX"
+    meta.MediaStorageSOPClassUID = (
+        DigitalXRayImageStorageForPresentation if is_dx else ComputedRadiographyImageStorage
+    )
+    meta.MediaStorageSOPInstanceUID = _uid(study, "instance", instance)
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
+    file.SOPClassUID = meta.MediaStorageSOPClassUID
+    file.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+    _describe_study(file, patient_id=patient_id, study=study, instance=instance, scanner=scanner)
+    _describe_pixels(file, pixels, scanner=scanner)
+    file.save_as(path, enforce_file_format=True)
+
+
+def _digitise(image: NDArray[np.float32], *, scanner: Scanner) -> Pixels:
+    """Applies the tone curve and spreads the result over the middle of the device's range."""
+    tone = np.power(np.clip(image * 0.85 + 0.05, 0, 1), scanner.gamma)
+    if scanner.photometric == "MONOCHROME1":
+        tone = 1 - tone
+    greatest = 2**scanner.bits_stored - 1
+    return np.rint((0.06 + 0.88 * tone) * greatest).astype(np.uint16)
+
+
+def _objects(rng: np.random.Generator) -> Points:
+    """What lies on the patient in this image: a side marker, often ECG leads, sometimes a calcified nodule."""
+    points = [_side_marker(rng)]
+    if rng.random() < 0.4:
+        points += [_lead(rng) for _ in range(rng.integers(1, 4))]
+    if rng.random() < 0.2:
+        place = (rng.choice([-1, 1]) * rng.uniform(0.25, 0.5), rng.uniform(-0.4, 0.3))
+        points.append(line([place, (place[0] + 0.012, place[1] + 0.008)], weight=0.5))
+    return np.concatenate(points)
+
+
+def _side_marker(rng: np.random.Generator) -> Points:
+    left = bool(rng.random() < 0.5)
+    x, y = (0.80 if left else -0.88) + rng.normal(0, 0.02), rng.uniform(-0.85, -0.6)
+    strokes = {
+        True: [[(0, 0), (0, 0.09), (0.05, 0.09)]],
+        False: [[(0, 0.09), (0, 0), (0.045, 0.01), (0.045, 0.04), (0, 0.045)], [(0.015, 0.045), (0.05, 0.09)]],
+    }[left]
+    return np.concatenate([line([(x + a, y + b) for a, b in stroke], weight=0.35) for stroke in strokes])
+
+
+def _lead(rng: np.random.Generator) -> Points:
+    """An electrode and the wire that leaves the image at one side."""
+    x, y = rng.uniform(-0.6, 0.6), rng.uniform(-0.6, 0.5)
+    end_x, end_y = float(rng.choice([-1.0, 1.0])), rng.uniform(-0.6, 0.9)
+    middle = ((x + end_x) / 2, max(y, end_y) + rng.uniform(0.0, 0.25))
+    t = np.linspace(0, 1, 24)[:, None]
+    curve = (1 - t) ** 2 * np.array([[x, y]]) + 2 * t * (1 - t) * np.array([middle]) + t**2 * np.array([[end_x, end_y]])
+    ring = [(x + 0.025 * np.cos(a), y + 0.025 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 12)]
+    wire = line([(float(a), float(b)) for a, b in curve], weight=0.10)
+    return np.concatenate([NO_POINTS, wire, line(ring, weight=0.25)])
+
+
+def _uid(*parts: object) -> str:
+    """A UID that is the same for the same parts."""
+    return str(generate_uid(entropy_srcs=["feverfew phantom", *map(str, parts)]))
+
+
+def _describe_study(
+    file: FileDataset, *, patient_id: str, study: str, instance: int, scanner: Scanner
+) -> None:
+    file.PatientID = patient_id
+    file.PatientName = f"Phantom^{patient_id}"
+    file.PatientBirthDate = ""
+    file.PatientSex = ""
+    file.StudyInstanceUID = _uid(study, "study")
+    file.SeriesInstanceUID = _uid(study, "series")
+    file.FrameOfReferenceUID = _uid(study, "frame")
+    file.StudyID = _uid(study, "study")[-8:]
+    file.AccessionNumber = _uid(study, "accession")[-12:]
+    file.StudyDate = file.SeriesDate = file.ContentDate = file.AcquisitionDate = "20240101"
+    file.StudyTime = file.SeriesTime = file.ContentTime = file.AcquisitionTime = "080000"
+    file.ReferringPhysicianName = ""
+    file.Modality = scanner.modality
+    file.Manufacturer = "Feverfew phantoms"
+    file.ManufacturerModelName = scanner.model
+    file.StudyDescription = "Chest PA"
+    file.SeriesNumber = 1
+    file.InstanceNumber = instance
+    file.ImageType = ["DERIVED", "PRIMARY", ""]
+    file.BodyPartExamined = "CHEST"
+    file.ViewPosition = "PA"
+    file.PatientOrientation = ["L", "F"]
+    file.ImageLaterality = "U"
+    file.BurnedInAnnotation = "NO"
+
+
+def _describe_pixels(file: FileDataset, pixels: Pixels, *, scanner: Scanner) -> None:
+    """Pixel data, and the window that the device chose for this image."""
+    low, high = np.percentile(pixels, (0.5, 99.5)) * scanner.rescale_slope + scanner.rescale_intercept
+    file.SamplesPerPixel = 1
+    file.PhotometricInterpretation = scanner.photometric
+    file.Rows, file.Columns = pixels.shape
+    file.BitsAllocated = 8 if scanner.bits_stored == 8 else 16
+    file.BitsStored = scanner.bits_stored
+    file.HighBit = scanner.bits_stored - 1
+    file.PixelRepresentation = 0
+    file.PixelSpacing = file.ImagerPixelSpacing = [scanner.pixel_mm, scanner.pixel_mm]
+    file.RescaleSlope, file.RescaleIntercept, file.RescaleType = scanner.rescale_slope, scanner.rescale_intercept, "US"
+    file.WindowCenter, file.WindowWidth = round((low + high) / 2, 1), round(max(high - low, 2.0), 1)
+    file.VOILUTFunction = "LINEAR"
+    file.PresentationLUTShape = "INVERSE" if scanner.photometric == "MONOCHROME1" else "IDENTITY"
+    file.PixelIntensityRelationship, file.PixelIntensityRelationshipSign = "LOG", 1
+    file.LossyImageCompression = "00"
+    file.PixelData = pixels.astype("<u1" if scanner.bits_stored == 8 else "<u2").tobytes()

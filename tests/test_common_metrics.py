@@ -1,0 +1,431 @@
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common import metrics
+from common.metrics import Histogram, Scores
+
+
+def binary(scores, targets, weights=None):
+    weights = np.ones(len(scores)) if weights is None else weights
+    return Scores(scores=np.array(scores)[:, None], targets=np.array(targets)[:, None], weights=weights)
+
+
+def random_scores(rng, *, cases=60, heads=1, decimals=2):
+    return Scores(
+        scores=rng.random((cases, heads)).round(decimals),
+        targets=rng.integers(0, 2, (cases, heads)),
+        weights=rng.choice([1.0, 0.5, 0.25], cases),
+    )
+
+
+def counted_pairs(statistic, head=0):
+    """AUROC by looking at every pair of a positive and a negative."""
+    right = total = 0.0
+    cases = list(zip(statistic.scores[:, head], statistic.targets[:, head], statistic.weights, strict=True))
+    for score, target, weight in cases:
+        for other, other_target, other_weight in cases:
+            if target == 1 and other_target == 0:
+                total += weight * other_weight
+                right += weight * other_weight * (1.0 if score > other else 0.5 if score == other else 0.0)
+    return right / total
+
+
+def all_metrics(statistic):
+    return [
+        metrics.auroc(statistic),
+        metrics.accuracy(statistic),
+        metrics.sensitivity(statistic),
+        metrics.specificity(statistic),
+        metrics.calibration_error(statistic),
+        metrics.log_loss(statistic),
+        metrics.interval(statistic),
+    ]
+
+
+# --- statistics ---------------------------------------------------------------------------------------------
+
+
+def test_histogram_counts_each_score_in_its_bin_and_an_edge_in_the_bin_above():
+    statistic = binary([0.0, 0.25, 0.49999997, 0.5, 1.0], [0, 0, 0, 1, 1])
+    assert statistic.histogram(4).counts[0].tolist() == [[1, 2, 0, 0], [0, 0, 1, 1]]
+
+
+def test_score_just_below_one_half_stays_below_it_for_every_even_number_of_bins():
+    below = np.nextafter(np.float32(0.5), np.float32(0))
+    for bins in range(2, 200, 2):
+        counts = binary([below, 0.5], [1, 1]).histogram(bins).counts[0, 1]
+        assert counts[bins // 2 - 1] == 1 and counts[bins // 2] == 1
+
+
+@pytest.mark.parametrize("counts", [np.zeros((1, 3, 4)), np.zeros((2, 4)), np.zeros((1, 2, 1))])
+def test_histogram_of_another_shape_is_refused(counts):
+    with pytest.raises(ValueError, match="expected counts of shape"):
+        Histogram(counts=counts)
+
+
+def test_histogram_with_nan_is_refused():
+    with pytest.raises(ValueError, match="finite"):
+        Histogram(counts=np.full((1, 2, 4), np.nan))
+
+
+@pytest.mark.parametrize(
+    ("scores", "targets", "weights", "words"),
+    [
+        ([1.5], [1], [1.0], r"scores in \[0, 1\]"),
+        ([np.nan], [1], [1.0], r"scores in \[0, 1\]"),
+        ([0.5], [2], [1.0], "targets of 0 and 1"),
+        ([0.5], [1], [-1.0], "weights >= 0"),
+        ([0.5], [1], [np.inf], "weights >= 0"),
+        ([0.5], [1], [1.0, 1.0], "expected weights of shape"),
+    ],
+)
+def test_scores_out_of_range_are_refused(scores, targets, weights, words):
+    with pytest.raises(ValueError, match=words):
+        binary(scores, targets, np.array(weights))
+
+
+def test_statistics_cannot_be_changed_afterwards():
+    source = np.ones((1, 2, 4))
+    histogram = Histogram(counts=source)
+    source[:] = 7
+    assert histogram.counts.max() == 1
+    with pytest.raises(ValueError, match="read-only"):
+        histogram.counts[0, 0, 0] = 1
+
+
+def test_patient_moves_a_histogram_by_at_most_the_stated_sensitivity():
+    rng = np.random.default_rng(0)
+    for num_classes in (2, 3, 9):
+        outputs = 1 if num_classes == 2 else num_classes
+        label, cases = rng.integers(num_classes), 4
+        for spread in (0.0, 3.0):  # 0: all the patient's cases in one cell, the worst case
+            patient = metrics.score_statistics(
+                rng.normal(size=(1, outputs)) + spread * rng.normal(size=(cases, outputs)),
+                labels=np.full(cases, label),
+                weights=metrics.patient_weights([np.arange(cases)], num_cases=cases),
+                num_classes=num_classes,
+            )
+            moved = np.linalg.norm(patient.histogram(10).counts)
+            assert moved <= metrics.l2_sensitivity(num_classes) + 1e-12
+            if spread == 0.0:
+                assert moved == pytest.approx(metrics.l2_sensitivity(num_classes))
+
+
+def test_binary_logits_become_probabilities_of_class_one():
+    statistic = metrics.score_statistics(
+        [[0.0], [math.log(3)], [-1e9], [np.inf], [np.nan]],
+        labels=[0, 1, 0, 1, 1],
+        weights=np.ones(5),
+        num_classes=2,
+    )
+    assert statistic.scores[:, 0].tolist() == pytest.approx([0.5, 0.75, 0.0, 1.0, 0.5])
+    assert statistic.targets[:, 0].tolist() == [0, 1, 0, 1, 1]
+
+
+def test_logits_of_three_classes_become_three_heads_and_the_top_one():
+    statistic = metrics.score_statistics(
+        np.log([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]), labels=[0, 1], weights=np.ones(2), num_classes=3
+    )
+    assert statistic.scores.tolist() == [
+        pytest.approx([0.7, 0.2, 0.1, 0.7]),
+        pytest.approx([0.1, 0.3, 0.6, 0.6]),
+    ]
+    assert statistic.targets.tolist() == [[1, 0, 0, 1], [0, 1, 0, 0]]
+    assert metrics.accuracy(statistic) == 0.5
+    assert metrics.log_loss(statistic) == pytest.approx(-(math.log(0.7) + math.log(0.3)) / 2)
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels", "num_classes"),
+    [([[1.0, 2.0]], [0], 2), ([[1.0]], [0], 3), ([[1.0]], [2], 2), ([[1.0]], [-1], 2), ([[1.0]], [0, 1], 2)],
+)
+def test_logits_that_do_not_fit_the_task_are_refused(logits, labels, num_classes):
+    with pytest.raises(ValueError, match="expected"):
+        metrics.score_statistics(logits, labels=labels, weights=np.ones(len(labels)), num_classes=num_classes)
+
+
+# --- merging ------------------------------------------------------------------------------------------------
+
+histograms = st.lists(
+    st.lists(st.integers(-50, 1000).map(lambda n: n / 4), min_size=8, max_size=8), min_size=3, max_size=3
+).map(lambda rows: [Histogram(counts=np.reshape(row, (1, 2, 4))) for row in rows])
+
+
+@given(histograms)
+def test_merging_histograms_is_associative_and_commutative(three):
+    first, second, third = three
+    expected = ((first + second) + third).counts
+    assert (expected == (first + (second + third)).counts).all()
+    assert (expected == (third + first + second).counts).all()
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=5), st.integers(0, 2**32 - 1), st.integers(2, 21))
+def test_merged_statistics_equal_those_of_the_pooled_cases(sizes, seed, bins):
+    rng = np.random.default_rng(seed)
+    parts = [random_scores(rng, cases=size, heads=2) for size in sizes]
+    pooled = Scores(
+        scores=np.concatenate([part.scores for part in parts]),
+        targets=np.concatenate([part.targets for part in parts]),
+        weights=np.concatenate([part.weights for part in parts]),
+    )
+    merged = metrics.merge(parts)
+    assert isinstance(merged, Scores) and (merged.scores == pooled.scores).all()
+    binned = metrics.merge([part.histogram(bins) for part in parts])
+    mixed = metrics.merge([parts[0].histogram(bins), *parts[1:]])
+    assert (binned.counts == pooled.histogram(bins).counts).all()
+    assert (mixed.counts == binned.counts).all()
+
+
+def test_statistics_of_different_tasks_do_not_merge():
+    with pytest.raises(ValueError, match="expected counts of shape"):
+        metrics.merge([Histogram(counts=np.zeros((1, 2, 4))), Histogram(counts=np.zeros((1, 2, 5)))])
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="heads"):
+        metrics.merge([random_scores(rng, heads=1), random_scores(rng, heads=4)])
+    with pytest.raises(ValueError, match="at least one"):
+        metrics.merge([])
+
+
+# --- metrics ------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 2))
+def test_auroc_equals_the_count_over_all_pairs(seed, decimals):
+    statistic = random_scores(np.random.default_rng(seed), cases=30, decimals=decimals)
+    if len(set(statistic.targets[:, 0])) == 2:
+        assert metrics.auroc(statistic) == pytest.approx(counted_pairs(statistic))
+
+
+def test_auroc_of_a_histogram_equals_that_of_scores_at_bin_centres():
+    statistic = random_scores(np.random.default_rng(3))
+    centres = (np.minimum(np.floor(statistic.scores.astype(float) * 10), 9) + 0.5) / 10
+    centred = Scores(scores=centres, targets=statistic.targets, weights=statistic.weights)
+    assert metrics.auroc(statistic.histogram(10)) == pytest.approx(counted_pairs(centred))
+
+
+def test_auroc_of_three_classes_is_the_mean_over_one_versus_rest():
+    rng = np.random.default_rng(1)
+    statistic = metrics.score_statistics(
+        rng.normal(size=(40, 3)), labels=np.arange(40) % 3, weights=np.ones(40), num_classes=3
+    )
+    heads = [counted_pairs(statistic, head) for head in range(3)]
+    assert metrics.auroc(statistic) == pytest.approx(np.mean(heads))
+
+
+def test_noised_pair_counts_have_the_exact_ones_as_their_mean():
+    rng = np.random.default_rng(0)
+    counts = np.array([[30.0, 20, 10, 5], [5, 5, 20, 40]])
+    below = np.cumsum(counts[0]) - counts[0] / 2
+    noised = counts + 6 * rng.normal(size=(40_000, 2, 4))
+    below_noised = np.cumsum(noised[:, 0], axis=1) - noised[:, 0] / 2
+    draws = (noised[:, 1] * below_noised).sum(axis=1)
+    assert abs(draws.mean() - counts[1] @ below) < 4 * draws.std() / math.sqrt(len(draws))
+    one = Histogram(counts=noised[:1])
+    assert metrics.auroc(one) == pytest.approx(draws[0] / noised[0].sum(axis=1).prod())
+
+
+def test_threshold_metrics_equal_counting_by_hand():
+    statistic = binary([0.1, 0.6, 0.5, 0.4, 0.9, 0.7], [0, 0, 0, 1, 1, 1], [1, 1, 0.5, 0.5, 1, 1])
+    for found in (statistic, statistic.histogram(10)):
+        assert metrics.sensitivity(found) == pytest.approx(2 / 2.5)
+        assert metrics.specificity(found) == pytest.approx(1 / 2.5)
+        assert metrics.accuracy(found) == pytest.approx(3 / 5)
+
+
+def test_odd_number_of_bins_splits_the_middle_bin():
+    histogram = Histogram(counts=np.array([[[4.0, 2, 0], [0, 4, 6]]]))
+    assert metrics.specificity(histogram) == pytest.approx(5 / 6)
+    assert metrics.sensitivity(histogram) == pytest.approx(8 / 10)
+    assert metrics.accuracy(histogram) == pytest.approx(13 / 16)
+
+
+def test_sensitivity_and_specificity_are_for_two_classes_only():
+    statistic = random_scores(np.random.default_rng(0), heads=4)
+    assert metrics.sensitivity(statistic) is None and metrics.specificity(statistic) is None
+
+
+def test_calibration_error_is_the_gap_between_stated_and_observed():
+    statistic = binary([0.2] * 10 + [0.8] * 10, [1] * 3 + [0] * 7 + [1] * 6 + [0] * 4)
+    assert metrics.calibration_error(statistic) == pytest.approx((0.1 + 0.2) / 2)
+    # bins of a histogram stand for their centres, here 0.25 and 0.85
+    assert metrics.calibration_error(statistic.histogram(10)) == pytest.approx((0.05 + 0.25) / 2)
+
+
+def test_calibration_error_does_not_grow_with_the_noise():
+    rng = np.random.default_rng(5)
+    centres = (np.arange(10) + 0.5) / 10
+    counts = 100 * np.stack([1 - centres, centres])[None]
+    draws = [Histogram(counts=counts + 10 * rng.normal(size=counts.shape)) for _ in range(200)]
+    plain = np.mean([metrics.calibration_error(draw) for draw in draws])
+    without_noise = np.mean([metrics.calibration_error(draw, noise_std=10) for draw in draws])
+    assert metrics.calibration_error(Histogram(counts=counts)) == pytest.approx(0, abs=1e-12)
+    assert without_noise < 0.6 * plain
+
+
+def test_log_loss_equals_the_closed_form_and_is_finite_for_a_saturated_error():
+    statistic = binary([0.25, 0.5], [0, 1], [1.0, 3.0])
+    assert metrics.log_loss(statistic) == pytest.approx((-math.log(0.75) - 3 * math.log(0.5)) / 4)
+    assert metrics.log_loss(binary([1.0], [0])) == pytest.approx(-math.log(2.0**-24))
+    assert metrics.log_loss(statistic.histogram(10)) is None
+
+
+def test_metrics_without_cases_are_none():
+    empty = binary(np.zeros(0), np.zeros(0, int))
+    for statistic in (empty, empty.histogram(10), Histogram(counts=np.full((1, 2, 10), -1.0))):
+        assert set(all_metrics(statistic)) == {None}
+        assert metrics.roc(statistic) == []
+
+
+def test_metrics_that_need_both_classes_are_none_with_one():
+    statistic = binary([0.2, 0.8], [1, 1])
+    assert metrics.auroc(statistic) is None and metrics.interval(statistic) is None
+    assert metrics.specificity(statistic) is None
+    assert metrics.sensitivity(statistic) == 0.5 and metrics.accuracy(statistic) == 0.5
+
+
+def test_roc_has_the_auroc_as_its_area():
+    statistic = random_scores(np.random.default_rng(2))
+    for found in (statistic, statistic.histogram(10)):
+        rates = np.array(metrics.roc(found))
+        assert np.trapezoid(rates[:, 1], rates[:, 0]) == pytest.approx(metrics.auroc(found))
+
+
+def test_roc_of_noised_counts_still_rises_from_corner_to_corner():
+    rng = np.random.default_rng(7)
+    for heads in (1, 4):
+        histogram = Histogram(counts=10 + 8 * rng.normal(size=(heads, 2, 20)))
+        rates = np.array(metrics.roc(histogram))
+        assert rates[0].tolist() == [0, 0] and rates[-1].tolist() == [1, 1]
+        assert (np.diff(rates, axis=0) >= 0).all()
+
+
+def test_roc_of_many_cases_is_thinned_to_the_points_asked_for():
+    statistic = random_scores(np.random.default_rng(2), cases=3000, decimals=8)
+    rates = np.array(metrics.roc(statistic, num_points=201))
+    assert len(rates) == 201
+    assert np.trapezoid(rates[:, 1], rates[:, 0]) == pytest.approx(metrics.auroc(statistic), abs=0.005)
+
+
+# --- interval -----------------------------------------------------------------------------------------------
+
+
+def binormal(rng, *, auroc, positives, negatives):
+    shift = NormalDist().inv_cdf(auroc) * math.sqrt(2)
+    latent = np.concatenate([rng.normal(size=negatives), rng.normal(size=positives) + shift])
+    targets = np.repeat([0, 1], [negatives, positives])
+    return binary(1 / (1 + np.exp(shift / 2 - latent)), targets)
+
+
+def coverage(*, auroc, positives, negatives, noise_std, repetitions, seed):
+    """Fraction of 95 % intervals that hold the AUROC of the binned score of the whole population."""
+    rng = np.random.default_rng(seed)
+    population = binormal(rng, auroc=auroc, positives=100_000, negatives=100_000)
+    truth = metrics.auroc(population.histogram(10))
+    inside = defined = 0
+    for _ in range(repetitions):
+        counts = binormal(rng, auroc=auroc, positives=positives, negatives=negatives).histogram(10).counts
+        noised = Histogram(counts=counts + noise_std * rng.normal(size=counts.shape))
+        found = metrics.interval(noised, noise_std=noise_std)
+        defined += found is not None
+        inside += found is not None and found[0] <= truth <= found[1]
+    return inside / defined
+
+
+def test_interval_of_noised_counts_covers_the_truth_and_one_that_ignores_the_noise_does_not():
+    assert coverage(auroc=0.9, positives=60, negatives=90, noise_std=3, repetitions=200, seed=1) >= 0.90
+    rng = np.random.default_rng(1)
+    counts = binormal(rng, auroc=0.9, positives=60, negatives=90).histogram(10).counts
+    blind = metrics.interval(Histogram(counts=counts))
+    aware = metrics.interval(Histogram(counts=counts), noise_std=3)
+    assert aware[1] - aware[0] > 1.5 * (blind[1] - blind[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("auroc", [0.7, 0.9, 0.95])
+@pytest.mark.parametrize(
+    ("positives", "negatives", "noise_std"), [(100, 100, 2), (50, 200, 4), (400, 400, 6)]
+)
+def test_interval_covers_the_truth_as_often_as_it_says(auroc, positives, negatives, noise_std):
+    found = coverage(
+        auroc=auroc, positives=positives, negatives=negatives, noise_std=noise_std, repetitions=1000, seed=0
+    )
+    assert 0.93 <= found <= 0.985
+
+
+def test_limits_of_exact_scores_lie_where_newcombes_condition_is_an_equality():
+    normal, abnormal = [33.0, 6, 6, 11, 2], [3.0, 2, 2, 11, 33]  # rating data of Hanley and McNeil 1982
+    histogram = Histogram(counts=np.array([[normal, abnormal]]))
+    point = metrics.auroc(histogram)
+    assert point == pytest.approx(0.893, abs=5e-4)
+    for limit in metrics.interval(histogram):
+        others = (58 + 51) / 2 - 1
+        spread = 1 + others * (1 - limit) / (2 - limit) + others * limit / (1 + limit)
+        variance = limit * (1 - limit) * spread / (58 * 51)
+        assert abs(point - limit) == pytest.approx(1.959964 * math.sqrt(variance), abs=3e-4)
+
+
+def test_interval_is_widened_where_the_data_vary_more_than_the_model():
+    """A rare, widely spread class: DeLong's variance is the larger one."""
+    rng = np.random.default_rng(0)
+    inside = 0
+    for _ in range(300):
+        latent = np.concatenate([rng.normal(size=200), 2.27 + 2.5 * rng.normal(size=50)])
+        low, high = metrics.interval(binary(1 / (1 + np.exp(-latent)), np.repeat([0, 1], [200, 50])))
+        inside += low <= NormalDist().cdf(2.27 / math.hypot(1, 2.5)) <= high
+    assert inside / 300 > 0.91
+
+
+def test_interval_does_not_collapse_where_the_ranking_is_perfect():
+    low, high = metrics.interval(binary([0.1] * 20 + [0.9] * 20, [0] * 20 + [1] * 20))
+    assert 0.75 < low < 0.95 and high == 1.0
+
+
+def test_interval_is_the_whole_range_where_noise_drowns_the_cases():
+    counts = np.array([[[1.0, 0, 0, 0], [0, 0, 0, 1]]])
+    assert metrics.interval(Histogram(counts=counts), noise_std=10) == (0.0, 1.0)
+
+
+def test_interval_shrinks_with_the_root_of_the_number_of_patients():
+    rng = np.random.default_rng(0)
+    base = binormal(rng, auroc=0.85, positives=200, negatives=200).histogram(10).counts
+    narrow, wide = (metrics.interval(Histogram(counts=base * factor)) for factor in (16, 1))
+    assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(4, rel=0.05)
+
+
+def test_interval_counts_patients_and_not_their_images():
+    rng = np.random.default_rng(0)
+    once = binormal(rng, auroc=0.85, positives=50, negatives=50)
+    repeated = Scores(
+        scores=np.repeat(once.scores, 4, axis=0),
+        targets=np.repeat(once.targets, 4, axis=0),
+        weights=np.repeat(once.weights, 4) / 4,
+    )
+    assert metrics.interval(repeated) == pytest.approx(metrics.interval(once))
+
+
+def test_interval_of_several_classes_lies_around_the_mean_and_grows_with_noise():
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    logits = rng.normal(size=(300, 3)) + 1.5 * np.eye(3)[labels]
+    exact = metrics.score_statistics(logits, labels=labels, weights=np.ones(300), num_classes=3)
+    histogram = exact.histogram(10)
+    low, high = metrics.interval(histogram)
+    noised_low, noised_high = metrics.interval(histogram, noise_std=4)
+    assert noised_low < low < metrics.auroc(histogram) < high < noised_high
+
+
+@pytest.mark.parametrize(
+    ("noise_std", "confidence"), [(-1.0, 0.95), (math.nan, 0.95), (0.0, 0.0), (0.0, 1.0), (1.0, 0.95)]
+)
+def test_interval_with_an_impossible_argument_is_refused(noise_std, confidence):
+    with pytest.raises(ValueError, match="expected"):
+        metrics.interval(binary([0.1, 0.9], [0, 1]), noise_std=noise_std, confidence=confidence)

@@ -1,0 +1,137 @@
+"""A ClientApp and a ServerApp of a few lines, for tests of what carries messages between such apps."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from common import flower
+
+SECRET = "patient 4711"
+
+client_app = ClientApp()
+server_app = ServerApp()
+
+
+def task(kind: str, *, server_round: int = 1, node: int = 7, size: int = 3, ttl: float = 60) -> Message:
+    """Returns a message of a kind (message type) with an array of zeros, float32, (size,)."""
+    arrays = ArrayRecord({"x": Array(np.zeros(size, np.float32))})
+    content = RecordDict({"arrays": arrays})
+    return Message(content, node, kind, group_id=str(server_round), ttl=ttl)
+
+
+def context(**run_config: Any) -> Context:
+    """Returns the context that a site of no particular directory would get."""
+    return Context(run_id=1, node_id=7, node_config={"site": "."}, state=RecordDict(), run_config=run_config)
+
+
+@client_app.train()
+def train(message: Message, context: Context) -> Message:
+    """Adds one, and tells which process did it."""
+    x = message.content.array_records["arrays"]["x"].numpy()
+    told = MetricRecord({"pid": os.getpid(), "omp": int(os.environ.get("OMP_NUM_THREADS", 0))})
+    arrays = ArrayRecord({"x": Array(x + 1)})
+    return Message(RecordDict({"arrays": arrays, "metrics": told}), reply_to=message)
+
+
+@client_app.train("torch_threads")
+def torch_threads(message: Message, context: Context) -> Message:
+    import torch
+
+    told = MetricRecord({"threads": torch.get_num_threads()})
+    return Message(RecordDict({"metrics": told}), reply_to=message)
+
+
+@client_app.train("told")
+def told(message: Message, context: Context) -> Message:
+    """Answers what the site told the app."""
+    config = {f"node {k}": str(v) for k, v in context.node_config.items()}
+    config |= {f"run {k}": str(v) for k, v in context.run_config.items()}
+    return Message(RecordDict({"config": ConfigRecord(dict(config))}), reply_to=message)
+
+
+@client_app.train("raises")
+def raises(message: Message, context: Context) -> Message:
+    raise RuntimeError(f"cannot read {SECRET}")
+
+
+@client_app.train("leaves")
+def leaves(message: Message, context: Context) -> Message:
+    sys.exit(SECRET)
+
+
+@client_app.train("dies")
+def dies(message: Message, context: Context) -> Message:
+    os._exit(3)
+
+
+@client_app.train("sleeps")
+def sleeps(message: Message, context: Context) -> Message:
+    """Sleeps for a minute, after noting its process in the file that the run config names."""
+    if note := context.run_config.get("note"):
+        Path(str(note)).write_text(str(os.getpid()))
+    time.sleep(60)
+    return Message(RecordDict(), reply_to=message)
+
+
+@client_app.train("sleeps_once")
+def sleeps_once(message: Message, context: Context) -> Message:
+    """Sleeps for a minute the first time, after noting its process in the site's directory."""
+    note = Path(str(context.node_config["site"])) / "sleeper"
+    if note.exists():
+        return train(message, context)
+    note.write_text(str(os.getpid()))
+    time.sleep(60)
+    return Message(RecordDict(), reply_to=message)
+
+
+@client_app.train("nothing")
+def nothing(message: Message, context: Context) -> Message:
+    return None  # type: ignore[return-value]
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Runs the plan's rounds: {"sites": 2, "rounds": ["train", "train.dies"]}; writes events and a report."""
+    flower.shorten_backoff()
+    run = str(context.run_config["run"])
+    plan = json.loads(str(context.run_config["plan"]))
+    directory = Path(os.environ["FEVERFEW_RUN_DIRECTORY"].format(run=run))
+    rounds = [_round(grid, plan, number, directory) for number in range(1, len(plan["rounds"]) + 1)]
+    if plan.get("fails"):
+        raise RuntimeError("this plan fails")
+    (directory / "report.json").write_text(json.dumps({"rounds": rounds}))
+
+
+def _round(grid: Grid, plan: dict[str, Any], number: int, directory: Path) -> dict[str, Any]:
+    while len(nodes := [node.node_id for node in grid.get_nodes()]) < plan["sites"]:
+        time.sleep(0.1)
+    begun = time.monotonic()
+    kind = plan["rounds"][number - 1]
+    size = plan.get("size", 3)
+    ids = set(grid.push_messages([task(kind, server_round=number, node=n, size=size) for n in nodes]))
+    valid, reasons, pids = 0, [], []
+    while ids:
+        for reply in grid.pull_messages(ids):
+            ids.discard(reply.metadata.reply_to_message_id)
+            if reply.has_error():
+                reasons.append(reply.error.reason)
+                continue
+            assert (reply.content.array_records["arrays"]["x"].numpy() == 1).all()
+            pids.append(reply.content.metric_records["metrics"]["pid"])
+            valid += 1
+        time.sleep(0.05)
+    told = {"round": number, "sites_valid": valid, "reasons": reasons, "pids": pids}
+    told["seconds"] = time.monotonic() - begun
+    with (directory / "events.jsonl").open("a") as events:
+        events.write(json.dumps({"event": "round_finished", "time": time.time(), **told}) + "\n")
+    return told
