@@ -20,11 +20,11 @@ from filelock import FileLock, Timeout
 from flwr.app import Context, Error, Message, RecordDict
 
 from client.coordinator import open_coordinator
+from client.fleet import Fleet, Task
 from client.site import Site
 from client.worker import DEFAULT_APP, Worker, forkserver
 from common import flower, keys
 from common.errors import UserError
-from common.flower import Fleet, Task
 
 logger = logging.getLogger("feverfew.agent")
 Answer = TypeVar("Answer")
@@ -36,6 +36,7 @@ MAX_PAUSE_SECONDS: Final = 2.0
 PAUSE_FRACTION: Final = 0.05
 """A waiting site asks after 5 % of the time that it has waited: what it adds to a round is 5 % at most."""
 MAX_RETRY_SECONDS: Final = 20.0
+ADMISSION_SECONDS: Final = 1.0
 CACHED_RUNS: Final = 8
 SUPERSEDED: Final = "superseded"
 """A task of an earlier round was waiting behind a later one and is not done any more."""
@@ -243,7 +244,7 @@ class Agent:
         A node that is taken for online is refused, so a former life of this agent is ended first. The new
         time of activation also tells the server that tasks on their way to this site may be lost.
         """
-        delay = 1.0
+        delay = ADMISSION_SECONDS
         while not self._stop.is_set():
             try:
                 self._end_former_life()

@@ -25,7 +25,12 @@ from common.errors import UnusableCase
 
 FORMAT = 1
 CHUNK_BYTES = 2**24
-TRANSIENT = ("missing_file", "not_readable", "changed_since_frozen")  # not properties of the content
+TRANSIENT = (
+    "missing_file",
+    "not_readable",
+    "changed_since_frozen",
+    "too_slow",
+)  # not properties of the content
 
 Progress = Callable[[int, int], None]
 Decode = Callable[[int], np.ndarray]

@@ -26,7 +26,7 @@ from PIL import Image as Pillow
 from PIL import ImageOps
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi, get_decoder, pixel_array
 
-from client import files
+from client import decoder, files
 from common.errors import UnusableCase
 
 MAX_PIXELS = 2**26  # the largest radiographs (mammography, 16-bit) have about 2**25
@@ -95,11 +95,11 @@ def decode(content: bytes) -> Image:
     except (UnusableCase, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on damaged bytes
-        raise UnusableCase(_code(error), f"{type(error).__name__}: {error}") from None
+        raise UnusableCase(code_of(error), f"{type(error).__name__}: {error}") from None
     return _judged(image)
 
 
-def _code(error: Exception) -> str:
+def code_of(error: Exception) -> str:
     """Tells from a decoder's error whether the file is cut off, of a kind without decoder, or damaged."""
     text = str(error).lower()
     if isinstance(error, EOFError) or "truncat" in text:
@@ -179,15 +179,23 @@ def read_dicom(content: bytes) -> Image:
     """
     dataset = _parsed(content)
     _check_header(dataset)
-    # A copy in native byte order, since some decoders hand out big-endian or read-only arrays.
-    stored = pixel_array(dataset, index=0)
-    stored = stored.astype(stored.dtype.newbyteorder("="))
+    isolated = dataset.file_meta.TransferSyntaxUID.is_encapsulated
+    stored = decoder.stored_pixels(content) if isolated else stored_pixels(dataset)
     photometric = dataset.PhotometricInterpretation
     if photometric == "PALETTE COLOR":
         stored = apply_color_lut(stored, dataset)
     array = _grey(stored, dataset=dataset)[None] if photometric in GREY else _colour_first(stored)
     spacing = dataset.get("PixelSpacing") or dataset.get("ImagerPixelSpacing")
     return Image(array=array, spacing_mm=_checked_spacing(spacing))
+
+
+def stored_pixels(source: pydicom.Dataset | io.BytesIO) -> np.ndarray:
+    """Returns the stored values of a DICOM file of one frame, decompressed, colour as RGB.
+
+    Shape (rows, columns) or (rows, columns, 3), integers in native byte order, unused bits masked.
+    """
+    stored: np.ndarray = pixel_array(source, index=0)
+    return stored.astype(stored.dtype.newbyteorder("="))
 
 
 def _parsed(content: bytes) -> pydicom.Dataset:

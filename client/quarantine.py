@@ -29,6 +29,7 @@ REMEDIES: Mapping[str, str] = {
     "unknown_format": "neither DICOM (part 10), NIfTI, PNG nor JPEG by content; export it again",
     "truncated": "the file is cut off; copy or export it again",
     "unreadable": "the file is damaged; export it again",
+    "too_slow": "decoding does not end; export it again uncompressed",
     # DICOM
     "no_pixel_data": "a DICOM header without an image; retrieve the study again",
     "multi_frame": "several frames in one file; export one frame",

@@ -1,8 +1,7 @@
 """A warm process that holds the installed ClientApp; its death is survived and reported.
 
-Used by the deployed agent and by the simulation alike. Messages cross the pipe between the two
-processes as pickles: both ends are ours and one started the other. Nothing that came from the network
-is ever unpickled; what arrives there is decoded by Flower from protobuf and ``numpy`` bytes, without pickle.
+Used by the deployed agent and by the simulation alike. Messages cross the pipe between the two processes in
+Flower's protobuf form. Nothing is pickled but the arguments with which the process is started.
 """
 
 from __future__ import annotations
@@ -47,6 +46,7 @@ CODES: Final = {
 }
 
 DEFAULT_APP: Final = "client.app:app"
+PING: Final = b""
 KILL_SECONDS: Final = 5.0
 LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(message)s"
 
@@ -112,9 +112,9 @@ class Worker:
         if self.is_busy:
             return
         loaded = False
-        if self._send(None):
+        if self._send(PING):
             wait(self.waitables)
-            loaded = self._take() is None
+            loaded = self._take() == PING
         if not loaded:
             self.close()
             raise DeploymentError(
@@ -131,7 +131,7 @@ class Worker:
         if self.is_busy:
             raise ValueError("Expected an idle worker, found one that is busy; call finish first.")
         self._message = message
-        if not self._send((message, context)):
+        if not self._send(flower.pack_context(context), flower.pack_message(message)):
             logger.warning("the worker process died before it took a message")
 
     def finish(self) -> Message:
@@ -149,7 +149,7 @@ class Worker:
             wait(self.waitables)
         answer = self._take()
         self._message = None
-        return answer if isinstance(answer, Message) else error_reply(message, WORKER_DIED)
+        return flower.unpack_message(answer) if answer else error_reply(message, WORKER_DIED)
 
     def call(self, message: Message, context: Context, *, timeout_seconds: float | None = None) -> Message:
         """Returns the ClientApp's reply, or an error reply with a constant reason and no other text.
@@ -177,19 +177,20 @@ class Worker:
         self._process.join(KILL_SECONDS)
         self.kill()
 
-    def _send(self, parcel: Any) -> bool:
-        """Hands a parcel to a living process; False when the process died over it."""
-        if self._process is not None and not self._process.is_alive():
-            self._discard()
-        if self._process is None:
-            self._begin()
-        assert self._connection is not None
-        try:
-            self._connection.send(parcel)
-        except (BrokenPipeError, ConnectionResetError):
-            self._discard()
-            return False
-        return True
+    def _send(self, *parcel: bytes) -> bool:
+        """Hands a parcel to a living process; False when two processes died over it."""
+        for _ in range(2):  # one that died while it was idle is replaced: it had not begun with the parcel
+            if self._process is None:
+                self._begin()
+            assert self._connection is not None
+            try:
+                for part in parcel:
+                    self._connection.send_bytes(part)
+            except (BrokenPipeError, ConnectionResetError):
+                self._discard()
+            else:
+                return True
+        return False
 
     def _begin(self) -> None:
         self._connection, theirs = multiprocessing.Pipe()
@@ -198,18 +199,18 @@ class Worker:
         self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
 
-    def _take(self) -> Any:
-        """Returns what the process sent, or False if it ended without an answer."""
+    def _take(self) -> bytes | None:
+        """Returns what the process sent, or None if it ended without an answer."""
         if self._connection is None:
-            return False
+            return None
         try:
             # A process may answer and end; only an empty pipe says that there is no answer.
             if self._connection.poll():
-                return self._connection.recv()
+                return self._connection.recv_bytes()
         except (EOFError, OSError):
             pass
         self._discard()
-        return False
+        return None
 
     def _discard(self) -> None:
         self._process.join(KILL_SECONDS)
@@ -236,13 +237,14 @@ def _serve(connection: Connection, reference: str, threads: int, log: Path | Non
     app = _load_or_none(reference)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
-    with contextlib.suppress(BrokenPipeError):
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has closed its end
         while True:
-            try:
-                parcel = connection.recv()
-            except EOFError:
-                return
-            connection.send(_answer(app, parcel))
+            first = connection.recv_bytes()
+            if first == PING:
+                connection.send_bytes(PING if app is not None else APP_NOT_LOADED.encode())
+                continue
+            context, message = flower.unpack_context(first), flower.unpack_message(connection.recv_bytes())
+            connection.send_bytes(flower.pack_message(_answer(app, message, context)))
 
 
 def _load_or_none(reference: str) -> Any:
@@ -253,11 +255,8 @@ def _load_or_none(reference: str) -> Any:
         return None
 
 
-def _answer(app: Any, parcel: tuple[Message, Context] | None) -> Any:
-    """Returns the reply to a message; for a ping, None when all is well."""
-    if parcel is None:
-        return APP_NOT_LOADED if app is None else None
-    message, context = parcel
+def _answer(app: Any, message: Message, context: Context) -> Message:
+    """Returns the reply to a message, an error reply if need be."""
     if app is None:
         return error_reply(message, APP_NOT_LOADED)
     flower.set_identity(context.run_id, node_id=context.node_id)

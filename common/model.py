@@ -42,7 +42,7 @@ def trainable_privately(network: nn.Module) -> nn.Module:
     network = _without_batch_norm(network)
     for name, module in network.named_modules():
         if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]
+            module.inplace = False
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         reason = _REFUSED.get(type(module))
@@ -90,7 +90,7 @@ class _Centre(nn.Module):
 def _cnn(plan: Plan) -> nn.Module:
     assert isinstance(plan.model, Cnn)
     layers: list[nn.Module] = [_Centre()]
-    width_in = plan.preprocessing.channels
+    width_in: int = plan.preprocessing.channels
     for width in plan.model.channels:
         layers += [
             nn.Conv2d(width_in, width, kernel_size=3, padding=1),

@@ -165,8 +165,8 @@ def noise_multiplier(*, target_epsilon: float, delta: float, sample_rate: float,
         low, high = high, high * 2
         if high > _LARGEST_NOISE_MULTIPLIER:
             raise PrivacyTargetError(
-                f"Expected a reachable privacy target, found target_epsilon={target_epsilon} at delta={delta} "
-                f"with sample rate {sample_rate:.3g} and {steps} steps, which no noise multiplier up to "
+                f"Expected a reachable privacy target, found target_epsilon={target_epsilon} at "
+                f"delta={delta} with sample rate {sample_rate:.3g} and {steps} steps, which no noise multiplier up to "
                 f"{_LARGEST_NOISE_MULTIPLIER:.0f} gives; raise target_epsilon or lower rounds or local_steps."
             )
     low *= 0.5  # the tighter accountant may need less than the RDP bracket says
@@ -231,18 +231,23 @@ def mechanism(plan: Plan, *, nominal_patients: int) -> Mechanism:
         sample_rate=rate,
         steps=plan.num_steps,
     )
+    evaluation = evaluation_noise_multipliers(plan, training=training, rate=rate)
+    return Mechanism(sample_rate=rate, noise_multiplier=training, evaluation_noise_multiplier=evaluation)
+
+
+def evaluation_noise_multipliers(plan: Plan, *, training: float, rate: float) -> dict[str, float]:
+    """Returns the noise multiplier of each part's histograms: the plan's, or that at which all releases of
+    the part cost the run's target (what training costs, where the plan names a multiplier instead)."""
+    privacy = plan.privacy
+    assert isinstance(privacy, DpSgd)
     releases = {"validation": max(1, len(plan.validation_rounds)), "test": 1}
-    evaluation = {
-        part: plan.evaluation.noise_multiplier
-        or noise_multiplier(
-            target_epsilon=privacy.target_epsilon or epsilon_of_training(plan, training, rate),
-            delta=privacy.delta,
-            sample_rate=1.0,
-            steps=count,
-        )
+    if plan.evaluation.noise_multiplier is not None:
+        return dict.fromkeys(releases, plan.evaluation.noise_multiplier)
+    target = privacy.target_epsilon or epsilon_of_training(plan, training, rate)
+    return {
+        part: noise_multiplier(target_epsilon=target, delta=privacy.delta, sample_rate=1.0, steps=count)
         for part, count in releases.items()
     }
-    return Mechanism(sample_rate=rate, noise_multiplier=training, evaluation_noise_multiplier=evaluation)
 
 
 def epsilon_of_training(plan: Plan, sigma: float, rate: float) -> float:

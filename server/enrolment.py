@@ -9,7 +9,7 @@ import httpx
 
 from common import keys
 from common.errors import ConfigError, UserError
-from common.flower import Control
+from server.control import Control
 from server.home import Home
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")

@@ -40,9 +40,10 @@ STYLE = {
     "grid.color": "#e5e7eb",
     "legend.frameon": False,
     "legend.fontsize": 8,
+    "legend.columnspacing": 1.2,
+    "legend.handlelength": 1.6,
 }
 
-WIDTH_INCHES, HEIGHT_INCHES = 4.0, 2.7
 SITE_HEIGHT_INCHES = 0.24
 LABEL_LENGTH = 18
 
@@ -108,7 +109,7 @@ def roc_curve(report: Report) -> Markup | None:
     if not final.roc or final.auroc is None:
         return None
     description = f"Curve from (0, 0) to (1, 1); the area under it is {final.auroc:.3f}."
-    with _axes("roc", "ROC curve of the final model", description, height=3.7) as (axes, drawn):
+    with _axes("roc", "ROC curve of the final model", description, width=4.0, height=3.7) as (axes, drawn):
         false, true = zip(*final.roc, strict=True)
         axes.fill_between(false, true, color=LIGHT, alpha=0.6, linewidth=0)
         axes.plot(false, true, color=BLUE, linewidth=1.8, label=f"final model, area {final.auroc:.3f}")
@@ -131,7 +132,10 @@ def auroc_by_site(report: Report) -> Markup | None:
         f"{len(known)} sites; lowest {_label(low)} with {known[low].auroc:.3f}, "
         f"highest {_label(high)} with {known[high].auroc:.3f}. The table holds all values."
     )
-    with _axes("sites", "AUROC by site", description, height=_site_height(results)) as (axes, drawn):
+    with _axes("sites", "AUROC by site", description, width=4.0, height=_site_height(results)) as (
+        axes,
+        drawn,
+    ):
         for row, result in enumerate(results.values()):
             if result.auroc is None:
                 axes.text(0.505, row, "not determined", va="center", color=GREY)
@@ -161,7 +165,9 @@ def epsilon_by_site(report: Report) -> Markup | None:
     target = report.plan.get("privacy", {}).get("target_epsilon")
     most = max(costs, key=lambda site: costs[site].epsilon or 0.0)
     description = f"{len(costs)} sites; highest {_label(most)} with {costs[most].epsilon:.2f}."
-    with _axes("epsilon", "Epsilon of this run by site", description, height=_site_height(costs)) as (
+    with _axes(
+        "epsilon", "Epsilon of this run by site", description, width=4.0, height=_site_height(costs)
+    ) as (
         axes,
         drawn,
     ):
@@ -187,12 +193,12 @@ def epsilon_by_site(report: Report) -> Markup | None:
 
 @contextmanager
 def _axes(
-    name: str, title: str, description: str, *, height: float = HEIGHT_INCHES
+    name: str, title: str, description: str, *, width: float = 3.4, height: float = 2.5
 ) -> Iterator[tuple[Any, list[Markup]]]:
     """Yields axes to draw on and a list that holds the finished SVG afterwards."""
     drawn: list[Markup] = []
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         yield figure.subplots(), drawn
         drawn.append(_inline(figure, name=name, title=title, description=description))
 

@@ -48,7 +48,9 @@ BODY_SECONDS: Final = 60.0
 ANSWER_SECONDS: Final = 60.0
 MAX_CONNECTIONS: Final = 512
 KEEP_ALIVE_SECONDS: Final = 75
-REQUEST_HEADERS: Final = frozenset({b"content-type", b"accept", *flower.SIGNATURE_HEADERS})
+REQUEST_HEADERS: Final = frozenset(
+    name.lower().encode() for name in ("content-type", "accept", *flower.SIGNATURE_HEADERS)
+)
 """What goes on to the SuperLink; its other headers belong to APIs that no site needs."""
 
 
@@ -139,8 +141,12 @@ class Gateway:
         return Response(answer.content, status_code=answer.status_code, media_type=media_type)
 
 
-def serve(home: Home) -> None:
-    """Runs the gateway until a signal ends it."""
+def build(home: Home) -> uvicorn.Server:
+    """Returns the gateway of a coordinator, ready to run.
+
+    Raises:
+        UserError: a key file is missing or readable by others.
+    """
     home.check_secrets()
     upstream = httpx.AsyncClient(
         base_url=f"https://{home.internal_address}",
@@ -169,13 +175,13 @@ def serve(home: Home) -> None:
     config.load()
     assert config.ssl is not None
     config.ssl.minimum_version = TLSVersion.TLSv1_3
-    uvicorn.Server(config).run()
+    return uvicorn.Server(config)
 
 
 def main() -> None:
     logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    serve(open_home(Path(sys.argv[1])))
+    build(open_home(Path(sys.argv[1]))).run()
 
 
 if __name__ == "__main__":

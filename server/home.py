@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common import keys
 from common.errors import ConfigError, UserError
-from common.flower import Control
 from common.invitation import Invitation
 from common.plan import first_problem
+from server.control import Control
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 LOOPBACK = "127.0.0.1"

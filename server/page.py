@@ -24,9 +24,6 @@ STATUS_WORDS = {
 }
 
 
-KEPT = "The model of the last complete round is kept."
-
-
 def render(report: Report) -> str:
     """Returns the whole page as text; everything that comes from outside is escaped."""
     environment = Environment(
@@ -68,16 +65,21 @@ def render(report: Report) -> str:
 
 def story(report: Report) -> str:
     """One sentence about how the run ended."""
-    planned, done = report.plan.get("rounds"), len(report.rounds)
+    planned, quorum, done = report.plan.get("rounds"), report.plan.get("quorum"), len(report.rounds)
     if report.status == "completed":
-        return f"All {done} rounds were run and the final model was tested."
-    last = report.rounds[-1] if report.rounds else None
-    if report.status == "quorum_not_reached" and last:
+        return f"{'All ' if done == planned else ''}{done} rounds were run and the final model was tested."
+    short = [entry for entry in report.rounds if quorum is not None and entry.sites_valid < quorum]
+    kept = (
+        "The model of the last complete round is kept." if done > len(short) else "There is no trained model."
+    )
+    if report.status == "quorum_not_reached" and short:
+        last = short[-1]
         return (
-            f"Round {last.round} of {planned} had {last.sites_valid} valid updates of {last.sites_asked} "
-            f"asked, fewer than the quorum of {report.plan.get('quorum')}. {KEPT}"
+            f"Round {last.round} of {planned} had valid updates from {last.sites_valid} of the "
+            f"{last.sites_asked} sites asked, fewer than the quorum of {quorum}. {kept}"
         )
-    return f"The run ended after {done} of {planned} rounds. {KEPT}"
+    reason = " for lack of a quorum" if report.status == "quorum_not_reached" else ""
+    return f"The run ended{reason} after {done} of {planned} rounds. {kept}"
 
 
 def sections(plan: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

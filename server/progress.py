@@ -15,7 +15,6 @@ class Progress:
 
     def __init__(self, *, num_rounds: int, console: Console | None = None) -> None:
         self._bars = Bars(
-            TextColumn("round"),
             MofNCompleteColumn(),
             BarColumn(),
             TimeElapsedColumn(),
@@ -23,6 +22,7 @@ class Progress:
             console=console or Console(stderr=True),
         )
         self._rounds = self._bars.add_task("waiting for sites", total=num_rounds)
+        self._steps: Any = None
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -32,6 +32,13 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+
+    def show_steps(self, done: int, total: int) -> None:
+        """Shows how far the sites are inside the round, where their files can be read."""
+        if self._steps is None and total:
+            self._steps = self._bars.add_task("steps of this round", total=total)
+        if self._steps is not None:
+            self._bars.update(self._steps, completed=done, total=total or None)
 
     def show(self, event: dict[str, Any]) -> None:
         """Takes an event: the bar moves with rounds, failures stay above it as lines of their own."""

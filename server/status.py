@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 
 import httpx
 
-from common.flower import FlowerRun, Node
 from server import enrolment
+from server.control import FlowerRun, Node
 from server.home import Home
 from server.supervisor import Identity, pid_file
 

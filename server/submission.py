@@ -16,8 +16,9 @@ from typing import Any, Final
 import httpx
 
 from common.errors import ConfigError, DeploymentError, UserError
-from common.flower import Control, FlowerRun, refusal_text
+from common.flower import refusal_text
 from server import bundle
+from server.control import Control, FlowerRun
 from server.home import Home
 
 RUN_ID: Final = re.compile(r"[a-z0-9-]{1,64}")

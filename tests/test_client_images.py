@@ -129,7 +129,11 @@ def test_monochrome1_is_inverted_within_the_stored_range(bits: int) -> None:
 
 
 def test_window_of_monochrome1_follows_the_standard_and_then_inverts() -> None:
-    tags = {"WindowCenter": [2000, 1], "WindowWidth": [1001, 1], "PhotometricInterpretation": "MONOCHROME1"}
+    tags: dict[str, Any] = {
+        "WindowCenter": [2000, 1],
+        "WindowWidth": [1001, 1],
+        "PhotometricInterpretation": "MONOCHROME1",
+    }
     image = images.decode(dicom(RAMP, **tags))
     windowed = np.clip((RAMP - 1999.5) / 1000 + 0.5, 0, 1) * 4095
     np.testing.assert_allclose(image.array[0], 4095 - windowed, atol=2e-3)
@@ -160,7 +164,12 @@ def test_display_pipeline_equals_that_of_pydicom(tags: dict[str, Any]) -> None:
 
 def test_window_of_a_falling_rescale_keeps_bright_bright() -> None:
     # The stored range is mapped backwards by the slope; the window still runs from dark to bright.
-    tags = {"RescaleSlope": -1, "RescaleIntercept": 4095, "WindowCenter": 2048, "WindowWidth": 4096}
+    tags: dict[str, Any] = {
+        "RescaleSlope": -1,
+        "RescaleIntercept": 4095,
+        "WindowCenter": 2048,
+        "WindowWidth": 4096,
+    }
     array = images.decode(dicom(RAMP, **tags)).array[0]
     assert array[0, 0] == array.max() == 4095
     assert np.all(np.diff(array.ravel()) < 0)
@@ -170,7 +179,7 @@ def test_padding_takes_the_darkest_value_in_both_polarities() -> None:
     stored = RAMP.copy()
     stored[0, 0] = 4095
     for photometric in ("MONOCHROME1", "MONOCHROME2"):
-        tags = {"PhotometricInterpretation": photometric, "PixelPaddingValue": 4095}
+        tags: dict[str, Any] = {"PhotometricInterpretation": photometric, "PixelPaddingValue": 4095}
         array = images.decode(dicom(stored, **tags)).array[0]
         assert array[0, 0] == array.ravel()[1:].min()
 

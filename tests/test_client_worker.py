@@ -18,6 +18,7 @@ from common.errors import DeploymentError
 from tests import tiny
 
 APP = "tests.tiny:client_app"
+CONTEXT = forkserver(preload=["tests.tiny", "client.worker"])
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,7 @@ def log(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def worker(log: Path) -> Iterator[Worker]:
-    worker = Worker(APP, context=forkserver(), threads=3, log=log)
+    worker = Worker(APP, context=CONTEXT, threads=3, log=log)
     yield worker
     worker.kill()
 
@@ -59,11 +60,10 @@ def test_the_process_computes_with_the_threads_that_it_was_given(worker: Worker)
 
 
 def test_torch_computes_with_the_threads_that_it_was_given() -> None:
-    context = forkserver()
-    worker = Worker(APP, context=context, threads=3)
+    worker = Worker(APP, context=CONTEXT, threads=1)
     reply = worker.call(tiny.task("train.torch_threads"), tiny.context(), timeout_seconds=30)
     worker.kill()
-    assert reply.content.metric_records["metrics"]["threads"] == 3
+    assert reply.content.metric_records["metrics"]["threads"] == 1
 
 
 @pytest.mark.parametrize("kind", ["raises", "leaves", "nothing"])
@@ -120,7 +120,7 @@ def test_a_message_that_takes_too_long_ends_with_its_process(worker: Worker) -> 
 
 
 def test_several_workers_answer_in_the_order_in_which_they_finish() -> None:
-    slow, fast = (Worker(APP, context=forkserver(), threads=1) for _ in range(2))
+    slow, fast = (Worker(APP, context=CONTEXT, threads=1) for _ in range(2))
     slow.start(tiny.task("train.sleeps"), tiny.context())
     fast.start(tiny.task("train"), tiny.context())
     ready = wait([*slow.waitables, *fast.waitables], timeout=20)
@@ -141,7 +141,7 @@ def test_a_busy_worker_takes_no_second_message(worker: Worker) -> None:
 
 
 def test_an_app_that_cannot_be_loaded_is_an_error_at_warm_up_and_a_constant_reason_later(log: Path) -> None:
-    worker = Worker("tests.tiny:no_such_app", context=forkserver(), threads=1, log=log)
+    worker = Worker("tests.tiny:no_such_app", context=CONTEXT, threads=1, log=log)
     with pytest.raises(DeploymentError, match="tests.tiny:no_such_app"):
         worker.warm_up()
     reply = worker.call(tiny.task("train"), tiny.context())
@@ -175,7 +175,7 @@ def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
 
 def _work_for_ever(note: str) -> None:
     flower.set_identity(1, node_id=1)
-    worker = Worker(APP, context=forkserver(), threads=1)
+    worker = Worker(APP, context=CONTEXT, threads=1)
     worker.call(tiny.task("train.sleeps"), tiny.context(note=note))
 
 

@@ -128,7 +128,10 @@ def example(
         started=STARTED,
         finished=STARTED + timedelta(seconds=1234),
         status=status,
-        rounds=[training_round(n, rng, num_sites=len(names), last=not tested and n == done) for n in range(1, done + 1)],
+        rounds=[
+            training_round(n, rng, num_sites=len(names), last=not tested and n == done)
+            for n in range(1, done + 1)
+        ],
         final=Result.merged(released, noise_std=dict.fromkeys(names, noise)) if tested else Result.unknown(),
         privacy=costs(names, seeded=seeded) if private else no_privacy(seeded=seeded),
         participation={name: participation(name, done=done, tells=False) for name in names},
@@ -140,7 +143,7 @@ def example(
         return report
     return report.with_exact(exact).with_site_facts(
         privacy={
-            name: {"budget": 3.0 + i % 2, "total_epsilon": 2.97 + 0.5 * (i % 2)}
+            name: {"budget": 3.0 + i % 2, "total_epsilon": 2.981 - 0.21 * (i % 3) + 0.5 * (i % 2)}
             for i, name in enumerate(names)
         }
         if private
@@ -198,6 +201,22 @@ def report():
 @pytest.fixture(scope="module")
 def simulated():
     return example(tells=True)
+
+
+@pytest.fixture(scope="module")
+def bare():
+    """A report without figures, which are what takes time."""
+    return example(private=False, status="failed", done=0)
+
+
+@pytest.fixture(scope="module")
+def private_page(report):
+    return page.render(report)
+
+
+@pytest.fixture(scope="module")
+def simulated_page(simulated):
+    return page.render(simulated)
 
 
 class Page(HTMLParser):
@@ -284,20 +303,20 @@ def test_nan_is_refused(report):
         Report.model_validate({**report.model_dump(), "unknown": 1})
 
 
-def test_write_replaces_both_files_and_leaves_nothing_else(report, tmp_path):
-    for content in (report, report.model_copy(update={"notes": ("second",)})):
+def test_write_replaces_both_files_and_leaves_nothing_else(bare, tmp_path):
+    for content in (bare, bare.model_copy(update={"notes": ("second",)})):
         content.write(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
     assert json.loads((tmp_path / "report.json").read_text())["notes"] == ["second"]
     assert "second" in (tmp_path / "report.html").read_text()
 
 
-def test_failed_write_leaves_the_old_report(report, tmp_path, monkeypatch):
-    report.write(tmp_path)
+def test_failed_write_leaves_the_old_report(bare, tmp_path, monkeypatch):
+    bare.write(tmp_path)
     before = (tmp_path / "report.json").read_bytes()
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         patch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-        report.model_copy(update={"notes": ("second",)}).write(tmp_path)
+        bare.model_copy(update={"notes": ("second",)}).write(tmp_path)
     assert (tmp_path / "report.json").read_bytes() == before
 
 
@@ -335,19 +354,18 @@ def test_facts_about_an_unknown_site_or_key_are_refused(report):
 # --- report.html --------------------------------------------------------------------------------------------
 
 
-def test_page_refers_to_nothing_outside_itself(simulated):
-    text = page.render(simulated)
-    found = Page(text)
+def test_page_refers_to_nothing_outside_itself(simulated_page):
+    text, found = simulated_page, Page(simulated_page)
     assert "http:" not in text and "https:" not in text and "@import" not in text
     for _, name, value in found.attributes:
         assert name not in {"src", "srcset", "action", "data"}
         assert name not in {"href", "xlink:href"} or value.startswith("#")
     assert not {"script", "link", "iframe", "object", "embed", "base", "form"} & set(found.tags)
-    assert set(re.findall(r"url\(([^)]{0,2})", text)) <= {"#a", "#l", "#r", "#s", "#e"} or "url(" not in text
+    assert set(re.findall(r"url\((.)", text)) == {"#"}
 
 
-def test_references_inside_the_page_lead_somewhere_and_ids_are_unique(simulated):
-    found = Page(page.render(simulated))
+def test_references_inside_the_page_lead_somewhere_and_ids_are_unique(simulated_page):
+    found = Page(simulated_page)
     ids = [value for _, name, value in found.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     wanted = [value[1:] for _, name, value in found.attributes if name in {"href", "xlink:href"}]
@@ -360,24 +378,22 @@ def test_references_inside_the_page_lead_somewhere_and_ids_are_unique(simulated)
         if value
         for match in re.findall(r"url\(#([^)]+)\)", value)
     ]
-    assert len(labels) == 12 and clips and set(wanted + labels + clips) <= set(ids)
+    assert len(labels) == 12 + 4 and clips and set(wanted + labels + clips) <= set(ids)
 
 
-def test_hostile_names_are_shown_as_text():
+def test_hostile_names_are_shown_as_text(simulated_page):
     evil = "--><script>alert(1)</script>\"'&<b>$x_y$\x00💥"
     base = example(names=[evil, "birch"], tells=True)
     hostile = base.model_copy(
         update={
-            "study": evil,
-            "run": evil,
-            "engine": evil,
+            **dict.fromkeys(["study", "run", "engine"], evil),
             "notes": (evil,),
             "plan": {**base.plan, evil: {evil: evil}, "classes": [evil, evil]},
         }
     )
     found = Page(page.render(hostile))
-    plain = Page(page.render(example(names=["aspen", "birch"], tells=True)))
-    assert "script" not in found.tags and set(found.tags) == set(plain.tags)
+    assert "script" not in found.tags
+    assert set(found.tags) <= set(Page(simulated_page).tags) | {"ul", "li"}
     assert "<script>alert(1)</script>" in found.text
     assert not [name for _, name, _ in found.attributes if name.startswith("on")]
 
@@ -385,7 +401,7 @@ def test_hostile_names_are_shown_as_text():
 @pytest.mark.parametrize("private", [True, False])
 @pytest.mark.parametrize("seeded", [True, False])
 def test_page_and_table_warn_exactly_when_there_is_no_valid_epsilon(private, seeded):
-    made = example(private=private, seeded=seeded, rounds=4)
+    made = example(private=private, seeded=seeded, status="failed", done=0)
     screen = io.StringIO()
     Console(file=screen, width=120).print(summary_table(made))
     for text in (Page(page.render(made)).text, screen.getvalue()):
@@ -393,8 +409,8 @@ def test_page_and_table_warn_exactly_when_there_is_no_valid_epsilon(private, see
         assert ("epsilon: not valid (seeded)" in text) == seeded
 
 
-def test_page_of_a_private_run_states_unit_epsilon_rounded_up_and_delta(report):
-    text = Page(page.render(report)).text
+def test_page_of_a_private_run_states_unit_epsilon_rounded_up_and_delta(private_page):
+    text = Page(private_page).text
     assert "Unit: the patient. ε ≤ 2.99 at δ = 0.0001" in text
     assert "19.8 times as likely" in text
     assert "Computed by: PRV" in text
@@ -404,21 +420,32 @@ def test_page_of_a_run_without_quorum_tells_where_it_stopped():
     made = example(status="quorum_not_reached", done=3)
     text = Page(page.render(made)).text
     assert "Stopped: quorum not reached" in text
-    assert "Round 3 of 20 had 1 valid updates of 6 asked, fewer than the quorum of 4." in text
+    assert (
+        "Round 3 of 20 had valid updates from 1 of the 6 sites asked, fewer than the quorum of 4. The model"
+        in text
+    )
     assert "Unknown: the run ended before the final model was tested." in text
 
 
-def test_page_of_a_run_that_failed_before_its_first_round_renders():
-    text = Page(page.render(example(status="failed", done=0))).text
-    assert "The run ended after 0 of 20 rounds" in text and "No round was finished." in text
+def test_page_of_a_run_that_failed_before_its_first_round_renders(bare):
+    text = Page(page.render(bare)).text
+    assert "The run ended after 0 of 20 rounds. There is no trained model." in text
+    assert "No round was finished." in text
 
 
 def test_page_renders_with_a_plan_that_lacks_everything(report):
     assert "chest-opacity" in page.render(report.model_copy(update={"plan": {}}))
 
 
-def test_page_shows_notes_stories_plan_and_versions(report):
-    made = report.model_copy(update={"notes": ("each image is its own patient at site aspen",)})
+def test_page_shows_notes_stories_plan_and_versions(report, bare):
+    made = bare.model_copy(
+        update={
+            "notes": ("each image is its own patient at site aspen",),
+            "plan": report.plan,
+            "plan_hash": report.plan_hash,
+            "participation": report.participation,
+        }
+    )
     text = Page(page.render(made)).text
     for words in (
         "each image is its own patient at site aspen",
@@ -430,15 +457,15 @@ def test_page_shows_notes_stories_plan_and_versions(report):
         assert words in text
 
 
-def test_every_figure_has_a_title_and_a_description(simulated):
-    text = page.render(simulated)
+def test_every_figure_has_a_title_and_a_description(simulated_page):
+    text = simulated_page
     assert text.count("<svg") == 6
     for part in text.split("<svg")[1:]:
         assert re.search(r"<title [^>]*>[^<]+</title>\s*<desc [^>]*>[^<]+</desc>", part)
 
 
-def test_same_report_gives_the_same_bytes(report):
-    assert page.render(report) == page.render(report)
+def test_same_report_gives_the_same_bytes(report, private_page):
+    assert page.render(report) == private_page
 
 
 def test_long_and_strange_site_names_are_shortened_in_figures_but_whole_in_tables():
@@ -455,7 +482,7 @@ def test_closing_table_has_cases_auroc_and_epsilon_of_budget(simulated):
     screen = io.StringIO()
     Console(file=screen, width=120).print(summary_table(simulated))
     row = next(line for line in screen.getvalue().splitlines() if "birch" in line)
-    assert "405" in row and "3.47 of 4.00" in row
+    assert "405" in row and "3.28 of 4.00" in row
     assert page.number(simulated.final.per_site["birch"].auroc) in row
     assert "epsilon of budget" in screen.getvalue()
 

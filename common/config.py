@@ -1,0 +1,77 @@
+"""Hydra/OmegaConf -> Plan; the only reader of Hydra below the entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from hydra import compose, initialize_config_module
+from hydra.errors import ConfigCompositionException, HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common.errors import ConfigError
+from common.plan import SCHEMA_VERSION, Plan
+
+T = TypeVar("T")
+
+GROUPS = ("model", "preprocessing", "privacy", "training", "strategy")
+
+
+def plan_of(tree: Mapping[str, Any]) -> Plan:
+    """Returns the plan of a composed config.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of range.
+    """
+    parts = {name: tree[name] for name in GROUPS}
+    return Plan.from_tree({"schema_version": SCHEMA_VERSION, **tree["plan"], **parts})
+
+
+def compose_plan(overrides: list[str]) -> Plan:
+    """Composes ``conf/server.yaml`` with overrides into a plan.
+
+    Raises:
+        ConfigError: what Hydra or the plan refuses.
+    """
+
+    def composed() -> Plan:
+        with initialize_config_module("conf", version_base="1.3"):
+            return plan_of(plain(compose("server", overrides=overrides)))
+
+    return explained(composed)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """Returns plain dictionaries, lists and scalars; interpolations resolved.
+
+    Raises:
+        ConfigError: a mandatory value is missing, an interpolation leads nowhere.
+    """
+
+    def resolved() -> dict[str, Any]:
+        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        assert isinstance(tree, dict)
+        return {str(key): value for key, value in tree.items()}
+
+    return explained(resolved)
+
+
+def explained(action: Callable[[], T]) -> T:
+    """Runs an action; what Hydra refuses becomes one clear line.
+
+    Raises:
+        ConfigError: with the first line of Hydra's own explanation.
+    """
+    try:
+        return action()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra chains a general and a special error over several lines; the special one says what is wrong."""
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    lines = [line.strip() for line in f"{error}\n{cause if cause is not error else ''}".splitlines()]
+    told = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "Available"))]
+    return " ".join(dict.fromkeys(told))

@@ -1,0 +1,91 @@
+"""ServerApp: plan -> state -> rounds -> report."""
+
+from __future__ import annotations
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from safetensors.numpy import save_file
+
+from common import model
+from common.errors import QuorumNotReached
+from common.plan import Plan
+from common.trail import Trail
+from server import checkpoint
+from server.checkpoint import RunState
+from server.rounds import Released, Rounds
+from server.story import Status, report_of
+from server.strategy import FedAvg
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Runs the plan of the run config; a run that was interrupted goes on from its last checkpoint."""
+    plan = Plan.from_json(str(context.run_config["plan"]))
+    run = str(context.run_config["run"])
+    coordinate(grid, plan, run=run, directory=run_directory(run), engine=engine())
+
+
+def run_directory(run: str) -> Path:
+    """Returns where a run's files go: ``FEVERFEW_RUN_DIRECTORY``, in which ``{run}`` stands for the run."""
+    return Path(os.environ["FEVERFEW_RUN_DIRECTORY"].replace("{run}", run))
+
+
+def engine() -> str:
+    """Returns what carries the messages, for the report."""
+    return os.environ.get("FEVERFEW_ENGINE", "deployment")
+
+
+def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, engine: str) -> None:
+    """Runs a plan over a grid and writes its run directory.
+
+    Raises:
+        QuorumNotReached: the run stopped early; its report and the last good model are written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    trail = Trail(directory / "events.jsonl")
+    checkpoints = directory / "checkpoints"
+    state = checkpoint.latest(checkpoints, run=run, plan_hash=plan.hash) or _first(plan, run=run)
+    trail.record("run_started", run=run, plan_hash=plan.hash, rounds=plan.rounds, round=state.server_round)
+    rounds = Rounds(
+        grid,
+        plan=plan,
+        state=state,
+        strategy=lambda nodes: FedAvg(
+            nodes=nodes,
+            bound=plan.strategy.update_bound,
+            ttl_seconds=plan.reply_deadline_seconds + plan.grace_seconds,
+        ),
+        trail=trail,
+        save=lambda state: checkpoint.save_state(checkpoints, state),
+    )
+    status: Status = "failed"
+    released = Released(statistics={}, noise_std={})
+    try:
+        released = rounds.run()
+        status = "completed"
+    except QuorumNotReached as error:
+        status = "quorum_not_reached"
+        trail.record("quorum_not_reached", message=str(error))
+        raise
+    finally:
+        named = model.named_arrays(model.build(plan), rounds.state.parameters)
+        save_file(named, directory / "model.safetensors")
+        report_of(rounds.state, plan=plan, released=released, status=status, engine=engine).write(directory)
+        trail.record("run_finished" if status == "completed" else "run_failed", status=status)
+
+
+def _first(plan: Plan, *, run: str) -> RunState:
+    return RunState(
+        run=run,
+        plan_hash=plan.hash,
+        server_round=0,
+        parameters=model.flatten(model.build(plan)),
+        started=datetime.now(UTC).isoformat(timespec="milliseconds"),
+    )

@@ -1,0 +1,158 @@
+"""RunState: all that a run needs to go on, saved atomically after every round (safetensors and JSON)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save
+
+from common.errors import StateError
+from common.exchange import Prepared
+from common.model import FlatArray
+
+_KEPT = 2  # if the newest is damaged, the one before still is there
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord:
+    """What one round gave; the measures are those of the validation part."""
+
+    server_round: int
+    seconds: float
+    sites_asked: int
+    sites_valid: int
+    train_loss: float | None
+    auroc: float | None = None
+    auroc_interval: tuple[float, float] | None = None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attendance:
+    """What became of the tasks of one site; ``problems`` counts rejected and missing replies by code."""
+
+    valid: int = 0
+    late: int = 0
+    rejected: int = 0
+    missing: int = 0
+    training_tasks: int = 0
+    evaluations: tuple[str, ...] = ()
+    problems: dict[str, int] = field(default_factory=dict)
+
+    def with_problem(self, code: str) -> Attendance:
+        """Returns the attendance with one more problem."""
+        problems = {**self.problems, code: self.problems.get(code, 0) + 1}
+        is_missing = code == "missing"
+        return replace(
+            self,
+            problems=problems,
+            missing=self.missing + is_missing,
+            rejected=self.rejected + (not is_missing),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """The state of a run after ``server_round`` rounds. parameters: float32, (num_parameters,)."""
+
+    run: str
+    plan_hash: str
+    server_round: int
+    parameters: FlatArray
+    started: str
+    rounds: tuple[RoundRecord, ...] = ()
+    sites: dict[str, Prepared] = field(default_factory=dict)
+    attendance: dict[str, Attendance] = field(default_factory=dict)
+
+
+def save_state(directory: Path, state: RunState) -> None:
+    """Writes ``checkpoints/<round>/``; after a crash it is there whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    temporary = directory / f".{state.server_round:06d}.{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    parameters = save({"parameters": state.parameters})
+    tree = {name: value for name, value in asdict(state).items() if name != "parameters"}
+    tree["sha256"] = hashlib.sha256(parameters).hexdigest()
+    _write(temporary / "parameters.safetensors", parameters)
+    _write(temporary / "state.json", json.dumps(tree, allow_nan=False).encode())
+    final = directory / f"{state.server_round:06d}"
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(temporary, final)
+    _sync_directory(directory)
+    for old in _saved(directory)[:-_KEPT]:
+        shutil.rmtree(old)
+
+
+def latest(directory: Path, *, run: str, plan_hash: str) -> RunState | None:
+    """Returns the newest state that is whole, or None where nothing was saved.
+
+    Raises:
+        StateError: checkpoints are there, but each is damaged or of another run.
+    """
+    saved = _saved(directory)
+    for path in reversed(saved):
+        state = _load(path)
+        if state is not None and state.run == run and state.plan_hash == plan_hash:
+            return state
+    if saved:
+        raise StateError(
+            f"Expected a whole checkpoint of run {run} in {directory}, found only damaged ones or another "
+            "plan's; move the folder away to begin again."
+        )
+    return None
+
+
+def _saved(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("[0-9]*") if path.is_dir())
+
+
+def _load(path: Path) -> RunState | None:
+    """Returns None where anything is missing, cut or changed."""
+    try:
+        data = (path / "parameters.safetensors").read_bytes()
+        tree: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if hashlib.sha256(data).hexdigest() != tree.pop("sha256"):
+            return None
+        parameters: FlatArray = load_file(path / "parameters.safetensors")["parameters"]
+        tree["rounds"] = tuple(
+            RoundRecord(**{**entry, "auroc_interval": _pair(entry["auroc_interval"])})
+            for entry in tree["rounds"]
+        )
+        tree["sites"] = {
+            name: Prepared(**{**site, "parts": tuple(site["parts"])}) for name, site in tree["sites"].items()
+        }
+        tree["attendance"] = {
+            name: Attendance(**{**entry, "evaluations": tuple(entry["evaluations"])})
+            for name, entry in tree["attendance"].items()
+        }
+        return RunState(parameters=parameters.astype(np.float32, copy=False), **tree)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+        return None
+
+
+def _pair(values: list[float] | None) -> tuple[float, float] | None:
+    return None if values is None else (values[0], values[1])
+
+
+def _write(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

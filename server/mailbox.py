@@ -1,0 +1,108 @@
+"""Tasks out, replies in: polled one by one, so that one reply is in memory at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from common.flower import ErrorCode
+
+_SHORTEST_PAUSE_SECONDS = 0.002
+_LONGEST_PAUSE_SECONDS = 0.25
+_PAUSE_FRACTION = 0.02  # of the time waited so far: what polling may add to a round
+_PUSH_AGAIN_SECONDS = 1.0
+# What Flower answers itself when a node was away: the task is lost, the site may be back.
+_LOST = {ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Late:
+    """A reply that came after its deadline; it is counted, never used."""
+
+    node: int
+    group: str
+
+
+class Mailbox:
+    """Sends messages through Flower's Grid and yields what comes back before a deadline.
+
+    Deadlines are monotonic: a clock that jumps changes nothing.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._overdue: dict[str, Late] = {}
+
+    def ask(
+        self, messages: Sequence[Message], *, deadline_seconds: float
+    ) -> Iterator[tuple[int, Message | None]]:
+        """Pushes messages and yields (node, reply) as they come, at the end (node, None) for the missing.
+
+        A task that Flower lost because its node was away is pushed again until the deadline; the site
+        recognises it by its identity.
+        """
+        pending = self._push(messages)
+        again: dict[int, tuple[float, Message]] = {}  # by node: when to push what a second time
+        start = time.monotonic()
+        end = start + deadline_seconds
+        while (pending or again) and time.monotonic() < end:
+            arrived = False
+            for message_id, message in list(pending.items()):
+                reply = self._pull(message_id)
+                if reply is None:
+                    continue
+                arrived = True
+                del pending[message_id]
+                if reply.has_error() and reply.error.code in _LOST:
+                    node = message.metadata.dst_node_id
+                    again[node] = (time.monotonic() + _PUSH_AGAIN_SECONDS, message)
+                    continue
+                yield message.metadata.dst_node_id, reply
+                del reply
+            due = [node for node, (when, _) in again.items() if when <= time.monotonic()]
+            if due:
+                pending |= self._push([again.pop(node)[1] for node in due])
+            if not arrived:
+                pause = (time.monotonic() - start) * _PAUSE_FRACTION
+                time.sleep(min(max(pause, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS))
+        for message_id, message in pending.items():
+            metadata = message.metadata
+            self._overdue[message_id] = Late(node=metadata.dst_node_id, group=metadata.group_id)
+            yield metadata.dst_node_id, None
+        for node in again:
+            yield node, None
+
+    def late(self) -> list[Late]:
+        """Returns the replies to earlier messages that have come since, and forgets them."""
+        found = []
+        for message_id, late in list(self._overdue.items()):
+            reply = self._pull(message_id)
+            if reply is not None:
+                del self._overdue[message_id]
+                if not reply.has_error():
+                    found.append(late)
+        return found
+
+    def _push(self, messages: Sequence[Message]) -> dict[str, Message]:
+        fresh = [_copy(message) for message in messages]
+        ids = list(self._grid.push_messages(fresh))
+        return {str(i): message for i, message in zip(ids, fresh, strict=True) if i}
+
+    def _pull(self, message_id: str) -> Message | None:
+        return next(iter(self._grid.pull_messages([message_id])), None)
+
+
+def _copy(message: Message) -> Message:
+    """A message that is pushed a second time needs a creation time of its own."""
+    metadata = message.metadata
+    return Message(
+        message.content,
+        dst_node_id=metadata.dst_node_id,
+        message_type=metadata.message_type,
+        ttl=metadata.ttl,
+        group_id=metadata.group_id,
+    )

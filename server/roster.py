@@ -1,0 +1,111 @@
+"""Which sites take part: found on the grid, asked once to prepare, known by their enrolled name."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from common import exchange
+from common.errors import InvalidReply
+from common.exchange import Prepared, Task
+from common.plan import Plan
+from common.trail import Trail
+from server.mailbox import Mailbox
+
+_LOOK_SECONDS = 0.1
+
+
+class Roster:
+    """The sites of a run.
+
+    Args:
+        known: sites of an earlier part of the run, by name; they are prepared again.
+    """
+
+    def __init__(self, grid: Grid, mailbox: Mailbox, *, plan: Plan, run: str, trail: Trail) -> None:
+        self._grid = grid
+        self._mailbox = mailbox
+        self._plan = plan
+        self._run = run
+        self._trail = trail
+        self._names: dict[int, str] = {}
+        self.sites: dict[str, Prepared] = {}
+        """Every site that answered, by name."""
+
+    def gather(self) -> None:
+        """Waits until the plan's number of sites is there, or the deadline; then prepares them."""
+        end = time.monotonic() + self._plan.node_deadline_seconds
+        while len(self._nodes()) < self._plan.sites and time.monotonic() < end:
+            time.sleep(_LOOK_SECONDS)
+        self.admit_newcomers()
+
+    def admit_newcomers(self) -> None:
+        """Prepares the sites that have come since; a site that was seen before is not asked again."""
+        newcomers = {node: name for node, name in self._nodes().items() if node not in self._names}
+        if not newcomers:
+            return
+        task = Task(
+            run=self._run,
+            plan_hash=self._plan.hash,
+            server_round=0,
+            purpose="prepare",
+            part="",
+            parameters=np.zeros(0, dtype=np.float32),
+        )
+        record = exchange.task_record(task)
+        ttl = self._plan.reply_deadline_seconds + self._plan.grace_seconds
+        messages = [
+            Message(record, dst_node_id=node, message_type=exchange.PREPARE, ttl=ttl, group_id="0")
+            for node in newcomers
+        ]
+        deadline = self._plan.reply_deadline_seconds
+        for node, reply in self._mailbox.ask(messages, deadline_seconds=deadline):
+            self._admit(node, enrolled=newcomers[node], reply=reply)
+
+    def name(self, node: int) -> str:
+        """Returns the name of a site's node."""
+        return self._names.get(node, f"node {node}")
+
+    def nodes(self, purpose: str) -> Sequence[int]:
+        """Returns the nodes to ask, by site name: "train", the part to evaluate, or "deliver"."""
+        chosen = {
+            name: node
+            for node, name in self._names.items()
+            if name in self.sites and _takes(self.sites[name], purpose)
+        }
+        return [chosen[name] for name in sorted(chosen)]
+
+    def _admit(self, node: int, *, enrolled: str, reply: Message | None) -> None:
+        try:
+            if reply is None or reply.has_error():
+                raise InvalidReply("missing" if reply is None else "app_failed")
+            exchange.require_accepted(reply.content)
+            prepared = exchange.read_prepared(reply.content)
+            if enrolled and prepared.site != enrolled:
+                raise InvalidReply("other_name")
+            if prepared.site in self.sites and prepared.site in self._names.values():
+                raise InvalidReply("second_node")
+        except InvalidReply as problem:
+            self._trail.record("site_rejected", site=enrolled or f"node {node}", code=problem.code)
+            return
+        self._names[node] = prepared.site
+        self.sites[prepared.site] = prepared
+        self._trail.record(
+            "site_prepared", site=prepared.site, status=prepared.status, reason=prepared.reason
+        )
+
+    def _nodes(self) -> dict[int, str]:
+        """Node ids on the grid with the enrolled name, "" where the grid gives none."""
+        return {node.node_id: str(getattr(node, "name", "")) for node in self._grid.get_nodes()}
+
+
+def _takes(site: Prepared, purpose: str) -> bool:
+    if site.status != "approved":
+        return False
+    if purpose == "train":
+        return site.role == "training"
+    return purpose == "deliver" or purpose in site.parts

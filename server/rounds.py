@@ -1,0 +1,280 @@
+"""The round loop: ask, validate, aggregate, checkpoint; every failure explicit, one reply in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from common import exchange, metrics
+from common.errors import InvalidReply, QuorumNotReached
+from common.exchange import Prepared, Task
+from common.metrics import Histogram, Scores, Statistic, num_heads
+from common.model import FlatArray
+from common.plan import NoPrivacy, Plan
+from common.trail import Trail
+from server.checkpoint import Attendance, RoundRecord, RunState
+from server.mailbox import Mailbox
+from server.roster import Roster
+
+
+@dataclass(frozen=True, kw_only=True)
+class Released:
+    """What sites released about one part: statistics and the noise in each count, by site."""
+
+    statistics: Mapping[str, Statistic]
+    noise_std: Mapping[str, float]
+
+
+class Rounds:
+    """One run of a plan over a grid.
+
+    Args:
+        strategy: made for a roster, since Flower's interface lets it choose whom to ask.
+        save: called with the state after every round, before the next begins.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        plan: Plan,
+        state: RunState,
+        strategy: Callable[[Callable[[str], list[int]]], Strategy],
+        trail: Trail,
+        save: Callable[[RunState], None],
+    ) -> None:
+        self._grid = grid
+        self._plan = plan
+        self._trail = trail
+        self._save = save
+        self._mailbox = Mailbox(grid)
+        self._roster = Roster(grid, self._mailbox, plan=plan, run=state.run, trail=trail)
+        self._strategy = strategy(lambda purpose: list(self._roster.nodes(purpose)))
+        self.state = state
+        """The last good state; kept when the run fails."""
+
+    def run(self) -> Released:
+        """Runs all rounds that are left, evaluates the test part, delivers the model.
+
+        Raises:
+            QuorumNotReached: a round had fewer valid updates than the plan's quorum.
+        """
+        self._roster.gather()
+        self._learn_sites()
+        while self.state.server_round < self._plan.rounds:
+            self._roster.admit_newcomers()
+            self._learn_sites()
+            self._count_late()
+            self._round(self.state.server_round + 1)
+        test = Released(statistics={}, noise_std={})
+        if self._plan.evaluation.test_at_end:
+            test = self._evaluate("test", self._plan.rounds)
+        self._deliver()
+        self._count_late()
+        return test
+
+    def _round(self, server_round: int) -> None:
+        start = time.monotonic()
+        plan = self._plan
+        task = self._task(server_round, "train", "")
+        record = exchange.task_record(task)
+        messages = list(
+            self._strategy.configure_train(
+                server_round, record.array_records["arrays"], record.config_records["task"], self._grid
+            )
+        )
+        self._trail.record("round_started", round=server_round, rounds=plan.rounds, sites=len(messages))
+        valid: list[str] = []
+        replies = self._valid_updates(messages, server_round=server_round, valid=valid)
+        arrays, measures = self._strategy.aggregate_train(server_round, replies)
+        if len(valid) < plan.quorum or arrays is None or measures is None:
+            raise QuorumNotReached(
+                f"Expected at least {plan.quorum} valid updates in round {server_round}, found {len(valid)} of "
+                f"{len(messages)} asked; {self._reasons()}. The model after round {server_round - 1} is kept."
+            )
+        loss = measures.get("train-loss")
+        record_of_round = RoundRecord(
+            server_round=server_round,
+            seconds=time.monotonic() - start,
+            sites_asked=len(messages),
+            sites_valid=len(valid),
+            train_loss=None if loss is None else float(str(loss)),
+        )
+        step = arrays["update"].numpy() * plan.strategy.server_learning_rate
+        parameters: FlatArray = (self.state.parameters + step).astype("float32")
+        self.state = replace(self.state, server_round=server_round, parameters=parameters)
+        if server_round in plan.validation_rounds:
+            record_of_round = self._validated(record_of_round)
+        self.state = replace(self.state, rounds=(*self.state.rounds, record_of_round))
+        self._save(self.state)
+        self._trail.record(
+            "round_finished",
+            round=server_round,
+            rounds=plan.rounds,
+            sites_valid=len(valid),
+            train_loss=record_of_round.train_loss,
+            auroc=record_of_round.auroc,
+        )
+
+    def _valid_updates(
+        self, messages: list[Message], *, server_round: int, valid: list[str]
+    ) -> Iterator[Message]:
+        """Yields validated replies one at a time; records what became of each."""
+        for node, reply in self._mailbox.ask(messages, deadline_seconds=self._plan.reply_deadline_seconds):
+            name = self._roster.name(node)
+            try:
+                content = _content(reply)
+                exchange.read_update(
+                    content,
+                    server_round=server_round,
+                    num_parameters=len(self.state.parameters),
+                    bound=self._plan.strategy.update_bound,
+                    weight=self._weight(self._roster.sites[name]),
+                )
+            except InvalidReply as problem:
+                self._note(name, problem.code, server_round)
+                continue
+            valid.append(name)
+            seen = self._attendance(name)
+            self._attend(name, replace(seen, valid=seen.valid + 1, training_tasks=seen.training_tasks + 1))
+            self._trail.record("reply", round=server_round, site=name)
+            assert reply is not None
+            yield reply
+            del reply, content
+
+    def _weight(self, site: Prepared) -> float | None:
+        """The public weight that a site's reply must carry; None where its exact count is the weight."""
+        match self._plan.strategy.weights:
+            case "equal":
+                return 1.0
+            case "nominal":
+                return float(site.nominal_patients)
+            case "examples":
+                return None
+
+    def _validated(self, record: RoundRecord) -> RoundRecord:
+        released = self._evaluate("validation", record.server_round)
+        if not released.statistics:
+            return record
+        pooled = metrics.merge(released.statistics.values())
+        noise_std = sum(std**2 for std in released.noise_std.values()) ** 0.5
+        return replace(
+            record,
+            auroc=metrics.auroc(pooled),
+            auroc_interval=metrics.interval(pooled, noise_std=noise_std),
+            accuracy=metrics.accuracy(pooled),
+        )
+
+    def _evaluate(self, part: str, server_round: int) -> Released:
+        task = self._task(server_round, "evaluate", part)
+        record = exchange.task_record(task)
+        messages = list(
+            self._strategy.configure_evaluate(
+                server_round, record.array_records["arrays"], record.config_records["task"], self._grid
+            )
+        )
+        statistics: dict[str, Statistic] = {}
+        noise_std: dict[str, float] = {}
+        self._trail.record("evaluation_started", round=server_round, part=part, sites=len(messages))
+        for node, reply in self._mailbox.ask(messages, deadline_seconds=self._plan.reply_deadline_seconds):
+            name = self._roster.name(node)
+            site = self._roster.sites[name]
+            try:
+                is_exact = isinstance(self._plan.privacy, NoPrivacy) or site.data == "public"
+                scored = exchange.read_scored(
+                    _content(reply),
+                    server_round=server_round,
+                    part=part,
+                    heads=num_heads(len(self._plan.classes)),
+                    bins=self._plan.evaluation.bins,
+                    exact=is_exact,
+                )
+                statistics[name] = _statistic(scored)
+            except (InvalidReply, ValueError) as problem:
+                code = problem.code if isinstance(problem, InvalidReply) else "scores"
+                self._note(name, code, server_round)
+                continue
+            if not is_exact:
+                noise_std[name] = scored.noise_std
+            seen = self._attendance(name)
+            self._attend(name, replace(seen, evaluations=(*seen.evaluations, part)))
+        return Released(statistics=statistics, noise_std=noise_std)
+
+    def _deliver(self) -> None:
+        """Sends the final model to every site that takes part."""
+        record = exchange.task_record(self._task(self._plan.rounds, "deliver", ""))
+        ttl = self._plan.reply_deadline_seconds + self._plan.grace_seconds
+        messages = [
+            Message(record, dst_node_id=node, message_type=exchange.DELIVER, ttl=ttl, group_id="deliver")
+            for node in self._roster.nodes("deliver")
+        ]
+        for node, reply in self._mailbox.ask(messages, deadline_seconds=self._plan.reply_deadline_seconds):
+            try:
+                _content(reply)
+                self._trail.record("model_delivered", site=self._roster.name(node))
+            except InvalidReply as problem:
+                self._note(self._roster.name(node), problem.code, self._plan.rounds)
+
+    def _task(self, server_round: int, purpose: exchange.Purpose, part: str) -> Task:
+        return Task(
+            run=self.state.run,
+            plan_hash=self.state.plan_hash,
+            server_round=server_round,
+            purpose=purpose,
+            part=part,
+            parameters=self.state.parameters,
+        )
+
+    def _learn_sites(self) -> None:
+        self.state = replace(self.state, sites={**self.state.sites, **self._roster.sites})
+
+    def _count_late(self) -> None:
+        for late in self._mailbox.late():
+            name = self._roster.name(late.node)
+            seen = self._attendance(name)
+            self._attend(name, replace(seen, late=seen.late + 1))
+            self._trail.record("reply_late", site=name, round=late.group)
+
+    def _note(self, name: str, code: str, server_round: int) -> None:
+        self._attend(name, self._attendance(name).with_problem(code))
+        self._trail.record("reply_rejected", round=server_round, site=name, code=code)
+
+    def _attendance(self, name: str) -> Attendance:
+        return self.state.attendance.get(name, Attendance())
+
+    def _attend(self, name: str, attendance: Attendance) -> None:
+        self.state = replace(self.state, attendance={**self.state.attendance, name: attendance})
+
+    def _reasons(self) -> str:
+        told = [
+            f"{name}: {', '.join(seen.problems)}"
+            for name, seen in self.state.attendance.items()
+            if seen.problems
+        ]
+        told += [f"{name}: {site.reason}" for name, site in self._roster.sites.items() if site.reason]
+        return "; ".join(told) or "no site took part"
+
+
+def _content(reply: Message | None) -> RecordDict:
+    """Returns a reply's content.
+
+    Raises:
+        InvalidReply: there is none: missing at the deadline, an error of the site's process, a refusal.
+    """
+    if reply is None:
+        raise InvalidReply("missing")
+    if reply.has_error():
+        raise InvalidReply(f"error_{int(reply.error.code)}")
+    exchange.require_accepted(reply.content)
+    return reply.content
+
+
+def _statistic(scored: exchange.Scored) -> Statistic:
+    if "histogram" in scored.arrays:
+        return Histogram(counts=scored.arrays["histogram"])
+    return Scores(**scored.arrays)

@@ -1,0 +1,162 @@
+"""RunState -> Report: what a run cost, what it reached, and each site's story in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Literal
+
+from common.exchange import Prepared
+from common.plan import DpSgd, Plan
+from common.privacy import Epsilon, Spend, evaluation_noise_multipliers, sample_rate, worst_epsilon
+from server.checkpoint import Attendance, RoundRecord, RunState
+from server.report import Participation, Privacy, Report, Result, Round, SitePrivacy, Timing, Versions
+from server.rounds import Released
+
+Status = Literal["completed", "quorum_not_reached", "failed"]
+
+
+def report_of(state: RunState, *, plan: Plan, released: Released, status: Status, engine: str) -> Report:
+    """Returns the report of a run from what the coordinator may know."""
+    finished = datetime.now(UTC)
+    started = datetime.fromisoformat(state.started)
+    wall = (finished - started).total_seconds()
+    training = sum(entry.seconds for entry in state.rounds)
+    names = sorted({*state.sites, *state.attendance})
+    return Report(
+        plan_hash=state.plan_hash,
+        run=state.run,
+        study=plan.study,
+        engine=engine,
+        versions=Versions(**{name: version(name) for name in Versions.model_fields}),
+        started=started,
+        finished=finished,
+        status=status,
+        rounds=tuple(_round(entry) for entry in state.rounds),
+        final=Result.merged(released.statistics, noise_std=released.noise_std),
+        privacy=_privacy(plan, state),
+        participation={
+            name: _participation(
+                state.sites.get(name), state.attendance.get(name, Attendance()), rounds=state.server_round
+            )
+            for name in names
+        },
+        timing=Timing(
+            wall_seconds=wall, training_seconds=training, overhead_seconds=max(0.0, wall - training)
+        ),
+        plan=plan.model_dump(mode="json"),
+        notes=tuple(_notes(plan, state.sites)),
+    )
+
+
+def _round(entry: RoundRecord) -> Round:
+    return Round(
+        round=entry.server_round,
+        seconds=entry.seconds,
+        sites_asked=entry.sites_asked,
+        sites_valid=entry.sites_valid,
+        train_loss=entry.train_loss,
+        auroc=entry.auroc,
+        auroc_interval=entry.auroc_interval,
+        accuracy=entry.accuracy,
+    )
+
+
+def _privacy(plan: Plan, state: RunState) -> Privacy:
+    if not isinstance(plan.privacy, DpSgd):
+        per_site = {
+            name: SitePrivacy(
+                epsilon=None,
+                noise_multiplier=None,
+                sample_rate=None,
+                steps=0,
+                nominal_patients=site.nominal_patients,
+            )
+            for name, site in state.sites.items()
+        }
+        return Privacy(
+            unit="none", delta=None, max_epsilon=None, seeded=False, accountant=None, per_site=per_site
+        )
+    costs = {
+        name: _cost(plan, site, state.attendance.get(name, Attendance()))
+        for name, site in state.sites.items()
+    }
+    worst = max((bound for _, bound in costs.values()), key=lambda bound: bound.value, default=None)
+    return Privacy(
+        unit="patient",
+        delta=plan.privacy.delta,
+        max_epsilon=worst.value if worst else 0.0,
+        seeded=plan.randomness == "seeded",
+        accountant=worst.accountant if worst else None,
+        per_site={name: cost for name, (cost, _) in costs.items()},
+    )
+
+
+def _cost(plan: Plan, site: Prepared, seen: Attendance) -> tuple[SitePrivacy, Epsilon]:
+    """What this run cost a site, for every task that it was asked: a missing reply may still be charged."""
+    assert isinstance(plan.privacy, DpSgd)
+    rate = sample_rate(plan, nominal_patients=site.nominal_patients)
+    asked = 0 if site.role != "training" else seen.valid + seen.missing + seen.rejected
+    steps = asked * plan.training.local_steps
+    history: dict[str, tuple[Spend, ...]] = {}
+    if steps:
+        history["train"] = (Spend(noise_multiplier=site.noise_multiplier, sample_rate=rate, steps=steps),)
+    if site.data != "public":
+        noise = evaluation_noise_multipliers(plan, training=site.noise_multiplier, rate=rate)
+        for part, sigma in noise.items():
+            if part in seen.evaluations:
+                count = seen.evaluations.count(part)
+                history[part] = (Spend(noise_multiplier=sigma, sample_rate=1.0, steps=count),)
+    bound = worst_epsilon(history, delta=plan.privacy.delta)
+    return (
+        SitePrivacy(
+            epsilon=bound.value,
+            noise_multiplier=site.noise_multiplier if steps else None,
+            sample_rate=rate if steps else None,
+            steps=steps,
+            nominal_patients=site.nominal_patients,
+        ),
+        bound,
+    )
+
+
+def _participation(site: Prepared | None, seen: Attendance, *, rounds: int) -> Participation:
+    return Participation(
+        status=site.status if site else "unknown",
+        role=site.role if site else "unknown",
+        rounds_valid=seen.valid,
+        rounds_late=seen.late,
+        rounds_rejected=seen.rejected,
+        story=_story(site, seen, rounds=rounds),
+        patient_is=site.patient_is if site else "unknown",
+    )
+
+
+def _story(site: Prepared | None, seen: Attendance, *, rounds: int) -> str:
+    """Returns one line that a coordinator can read out."""
+    if site is None:
+        return "answered, but never said who it is"
+    if site.status != "approved":
+        return f"{site.status}: {site.reason}"
+    if site.role == "evaluation":
+        told = f"evaluated {len(seen.evaluations)} times, did not train"
+    else:
+        told = f"trained {seen.valid} of {rounds} rounds"
+    problems = [f"{count} x {code}" for code, count in sorted(seen.problems.items())]
+    if seen.late:
+        problems.append(f"{seen.late} late")
+    return "; ".join([told, *problems])
+
+
+def _notes(plan: Plan, sites: Mapping[str, Prepared]) -> list[str]:
+    notes = []
+    alone = sorted(name for name, site in sites.items() if site.patient_is == "case")
+    if alone:
+        notes.append(f"Each image is its own patient at: {', '.join(alone)}.")
+    public = sorted(name for name, site in sites.items() if site.data == "public")
+    if public:
+        notes.append(f"Public data, exact metrics, no training at: {', '.join(public)}.")
+    if plan.randomness == "seeded":
+        notes.append("Noise was seeded, for a reproducible simulation: epsilon: not valid (seeded).")
+    return notes

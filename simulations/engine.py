@@ -1,0 +1,203 @@
+"""LocalGrid: Flower's Grid over a pool of worker processes; and Flower's own runtime on Ray."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from flwr.app import Context, Message, RecordDict
+from flwr.serverapp import Grid
+
+from client.site import Site
+from client.worker import Worker, forkserver
+from common import flower
+from common.plan import Plan
+from server.app import app as server_app
+
+RUN_ID = 1
+_WAIT_SECONDS = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A site on the grid; Flower's NodeInfo has these names."""
+
+    node_id: int
+    name: str
+
+
+class LocalGrid(Grid):  # type: ignore[misc]
+    """The sites of this machine, behind the interface that a deployed ServerApp sees.
+
+    A task goes to the worker that had its site before, which has the cohort open; an idle worker takes
+    what another has waiting. Results do not depend on which worker does a task.
+
+    Args:
+        sites: names and directories of the sites.
+        run_config: what ``flwr run`` would pass on: ``plan`` and ``run``.
+        workers: number of worker processes, started when first needed.
+        context: how processes start; ``client.worker.forkserver``.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[tuple[str, Path]],
+        *,
+        run_config: dict[str, str],
+        workers: int,
+        context: BaseContext,
+        threads: int = 1,
+        log: Path | None = None,
+    ) -> None:
+        flower.set_identity(RUN_ID, node_id=1)
+        self._nodes = {number: Node(node_id=number, name=name) for number, (name, _) in enumerate(sites, 2)}
+        self._contexts = {
+            number: Context(
+                run_id=RUN_ID,
+                node_id=number,
+                node_config={"site": str(path)},
+                state=RecordDict(),
+                run_config=dict(run_config),
+            )
+            for number, (_, path) in enumerate(sites, 2)
+        }
+        count = max(1, min(workers, len(sites)))
+        self._workers = [Worker(context=context, threads=threads, log=log) for _ in range(count)]
+        self._queues: list[deque[Message]] = [deque() for _ in self._workers]
+        self._doing: list[str | None] = [None] * count
+        self._replies: dict[str, Message] = {}
+        self._waiting: set[str] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for worker in self._workers:
+            worker.close()
+
+    def set_run(self, run: Any) -> None:
+        """Nothing to set: a LocalGrid belongs to one run."""
+
+    @property
+    def run(self) -> Any:
+        """None: Flower's record of a run exists where a SuperLink does."""
+        return None
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Refused: deprecated in Flower; construct ``Message`` instead."""
+        raise NotImplementedError("construct flwr.app.Message instead")
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Returns the node ids of all sites."""
+        return list(self._nodes)
+
+    def get_nodes(self) -> Iterable[Any]:
+        """Returns id and name of every site."""
+        return list(self._nodes.values())
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Queues messages and starts what can be started; returns their ids."""
+        ids = []
+        for message in messages:
+            ids.append(flower.assign_id(message))
+            self._waiting.add(ids[-1])
+            node = message.metadata.dst_node_id
+            self._queues[(node - 2) % len(self._workers)].append(message)
+        self._start_idle()
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Returns the replies that are there; waits a moment where nothing is."""
+        wanted = list(message_ids)
+        self._collect(0.0)
+        if not self._replies and any(message_id in self._waiting for message_id in wanted):
+            self._collect(_WAIT_SECONDS)
+        return [self._replies.pop(message_id) for message_id in wanted if message_id in self._replies]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Pushes messages and yields replies until all are there or the time is over."""
+        pending = set(self.push_messages(messages))
+        end = time.monotonic() + (float("inf") if timeout is None else timeout)
+        while pending and time.monotonic() < end:
+            for message_id in list(pending):
+                for reply in self.pull_messages([message_id]):
+                    pending.discard(message_id)
+                    yield reply
+
+    def _start_idle(self) -> None:
+        for number, worker in enumerate(self._workers):
+            if self._doing[number] is None:
+                message = self._next(number)
+                if message is not None:
+                    self._doing[number] = message.metadata.message_id
+                    worker.start(message, self._contexts[message.metadata.dst_node_id])
+
+    def _next(self, number: int) -> Message | None:
+        """The worker's own next message, or the last of the longest queue of another."""
+        if self._queues[number]:
+            return self._queues[number].popleft()
+        longest = max(self._queues, key=len)
+        return longest.pop() if longest else None
+
+    def _collect(self, seconds: float) -> None:
+        busy = {thing: number for number in self._busy() for thing in self._workers[number].waitables}
+        if not busy:
+            return
+        ready = {busy[thing] for thing in wait(list(busy), timeout=seconds)}
+        for number in sorted(ready):
+            message_id = self._doing[number]
+            assert message_id is not None
+            self._replies[message_id] = self._workers[number].finish()
+            self._waiting.discard(message_id)
+            self._doing[number] = None
+        if ready:
+            self._start_idle()
+
+    def _busy(self) -> list[int]:
+        return [number for number, message_id in enumerate(self._doing) if message_id is not None]
+
+
+def run(
+    plan: Plan, sites: Sequence[Site], *, run: str, name: str, workers: int | None, directory: Path
+) -> None:
+    """Runs a plan over sites with the unchanged apps.
+
+    Args:
+        run: our id of the run.
+        name: ``local`` or ``flower``.
+        workers: processes; None for one per processor core.
+        directory: the run directory; the sites' log goes to ``sites.log`` in it.
+
+    Raises:
+        RunError: the run stopped early.
+    """
+    count = workers or len(os.sched_getaffinity(0))
+    run_config = {"plan": plan.to_json(), "run": run}
+    if name == "flower":
+        from simulations.runtime import run_on_ray  # Flower's own runtime takes seconds to import
+
+        run_on_ray(sites, run_config=run_config, workers=count, directory=directory)
+        return
+    with LocalGrid(
+        [(site.name, site.directory) for site in sites],
+        run_config=run_config,
+        workers=count,
+        context=forkserver(),
+        log=directory / "sites.log",
+    ) as grid:
+        context = Context(
+            run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config)
+        )
+        server_app(grid, context)

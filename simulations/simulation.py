@@ -1,0 +1,142 @@
+"""One simulated run: sites on disk, an engine, and a report completed from the sites' own files."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from safetensors.numpy import load_file
+
+from client.cohort import open_cohort
+from client.release import open_ledger
+from client.site import Site, open_site
+from common.errors import ConfigError
+from common.metrics import Scores
+from common.plan import Plan
+from common.trail import read
+from server.progress import Progress
+from server.report import Report
+from server.summary import summary_table
+from simulations import engine
+from simulations.watch import Watch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a plan is simulated."""
+
+    engine: str
+    workers: int | None
+    state: str
+    resume: bool
+
+
+def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory: Path) -> Report:
+    """Runs a plan over site directories and returns the completed report, which is also written.
+
+    Raises:
+        ConfigError: ``resume`` without a run to resume.
+        QuorumNotReached: the run stopped early; what is left of it is written.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    opened = [open_site(path) for path in sites]
+    run = run_id(directory, resume=settings.resume)
+    with _locked(sites):
+        if settings.state == "empty" and not settings.resume:
+            for site in opened:
+                shutil.rmtree(site.state, ignore_errors=True)
+        os.environ["FEVERFEW_RUN_DIRECTORY"] = str(directory)
+        os.environ["FEVERFEW_ENGINE"] = settings.engine
+        console = Console(stderr=True)
+        progress = Progress(num_rounds=plan.rounds, console=console)
+        with Watch(progress, events=directory / "events.jsonl", sites=sites):
+            engine.run(
+                plan, opened, run=run, name=settings.engine, workers=settings.workers, directory=directory
+            )
+        report = completed(Report.read(directory), opened, plan=plan, run=run)
+    report.write(directory)
+    return report
+
+
+def show(report: Report, *, directory: Path) -> None:
+    """Prints the closing table and where the files are."""
+    console = Console()
+    console.print(summary_table(report))
+    console.print(f"report: {directory / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def run_id(directory: Path, *, resume: bool) -> str:
+    """Returns a new id, or that of the run to go on with."""
+    events = directory / "events.jsonl"
+    if not resume:
+        name = "".join(char if char.isalnum() else "-" for char in directory.name.lower())
+        return f"{name[:40].strip('-')}-{secrets.token_hex(4)}"
+    if not events.exists():
+        raise ConfigError(
+            f"Expected a run to resume in {directory}, found none; name its folder with hydra.run.dir=..."
+        )
+    return next(str(event["run"]) for event in read(events) if event["event"] == "run_started")
+
+
+def completed(report: Report, sites: Sequence[Site], *, plan: Plan, run: str) -> Report:
+    """Returns the report with what only the sites' own files tell: exact scores, totals, counts."""
+    exact = {site.name: scores for site in sites if (scores := _exact_scores(site, run)) is not None}
+    tested = {name: scores for name, scores in exact.items() if name in report.final.per_site}
+    known = [site for site in sites if site.name in report.participation]
+    return report.with_exact(tested).with_site_facts(
+        privacy={site.name: _budget(site, report) for site in known if site.name in report.privacy.per_site},
+        participation={site.name: _counts(site, plan) for site in known},
+    )
+
+
+def _exact_scores(site: Site, run: str) -> Scores | None:
+    path = site.state / "scores" / run / "test.safetensors"
+    return Scores(**load_file(path)) if path.exists() else None
+
+
+def _budget(site: Site, report: Report) -> dict[str, Any]:
+    if report.privacy.unit == "none" or not (site.state / "ledger.sqlite").exists():
+        return {}
+    with open_ledger(site) as ledger:
+        return {"budget": site.settings.max_epsilon, "total_epsilon": ledger.spent().value}
+
+
+def _counts(site: Site, plan: Plan) -> dict[str, Any]:
+    cohort = open_cohort(site, preprocessing=plan.preprocessing, classes=plan.classes)
+    quarantined = sum(cohort.reasons.values())
+    return {
+        "offered": cohort.offered,
+        "used": cohort.used,
+        "quarantined": quarantined,
+        "reasons": dict(cohort.reasons),
+    }
+
+
+class _locked:
+    """Holds every site's lock: two simulations never share a site."""
+
+    def __init__(self, sites: Sequence[Path]) -> None:
+        self._locks = [FileLock(path / ".lock") for path in sites]
+
+    def __enter__(self) -> None:
+        try:
+            for lock in self._locks:
+                lock.acquire(timeout=0)
+        except Timeout as error:
+            self.__exit__()
+            raise ConfigError(
+                f"Expected sites that no other process uses, found {error.lock_file} held; wait for the other "
+                "run or set sites_directory."
+            ) from None
+
+    def __exit__(self, *error: object) -> None:
+        for lock in self._locks:
+            lock.release()
+
