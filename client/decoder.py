@@ -22,6 +22,7 @@ import numpy as np
 from common.errors import UnusableCase
 
 TIMEOUT_SECONDS = 120.0  # the largest images take a few seconds; this is for those that never end
+PATIENCE_SECONDS = 5.0  # for a child whose connection was closed
 MEMORY_BYTES = 2**33  # address space: libraries, and some copies of the largest image
 COMPLAINT = b"Corrupt JPEG data"  # libjpeg says so on stderr, and then returns noise
 
@@ -37,7 +38,7 @@ _children: list[_Child] = []  # the one that is warm, if any
 
 
 def stored_pixels(content: bytes) -> np.ndarray:
-    """Returns the stored values of a DICOM file of one frame, as ``images.stored_pixels`` does.
+    """Returns the stored values of a DICOM file of one frame, as ``images`` does for uncompressed ones.
 
     Raises:
         UnusableCase: no library decodes it, or the decoder crashed (``unreadable``) or did not end
@@ -84,9 +85,9 @@ def _stop(child: _Child) -> int:
     _children.remove(child)
     child.connection.close()
     try:
-        return child.process.wait(timeout=5)
+        return child.process.wait(timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
-        child.process.terminate()
+        child.process.kill()
         return child.process.wait()
 
 
@@ -115,7 +116,7 @@ def _answer(content: bytes) -> bytes:
 
     try:
         stream = io.BytesIO()
-        np.save(stream, images.stored_pixels(io.BytesIO(content)), allow_pickle=False)
+        np.save(stream, images.stored_pixels(images.parsed(content)), allow_pickle=False)
         return b"P" + stream.getvalue()
     except MemoryError:
         return b"Etoo_large\nExpected an image that fits into the decoder's memory."

@@ -177,7 +177,7 @@ def read_dicom(content: bytes) -> Image:
     MONOCHROME1 is inverted within that range, so that bright is dense; padding takes the darkest value.
     Colour (RGB, YBR, palette) becomes RGB as stored, without window.
     """
-    dataset = _parsed(content)
+    dataset = parsed(content)
     _check_header(dataset)
     isolated = dataset.file_meta.TransferSyntaxUID.is_encapsulated
     stored = decoder.stored_pixels(content) if isolated else stored_pixels(dataset)
@@ -189,16 +189,16 @@ def read_dicom(content: bytes) -> Image:
     return Image(array=array, spacing_mm=_checked_spacing(spacing))
 
 
-def stored_pixels(source: pydicom.Dataset | io.BytesIO) -> np.ndarray:
+def stored_pixels(dataset: pydicom.Dataset) -> np.ndarray:
     """Returns the stored values of a DICOM file of one frame, decompressed, colour as RGB.
 
     Shape (rows, columns) or (rows, columns, 3), integers in native byte order, unused bits masked.
     """
-    stored: np.ndarray = pixel_array(source, index=0)
+    stored: np.ndarray = pixel_array(dataset, index=0)
     return stored.astype(stored.dtype.newbyteorder("="))
 
 
-def _parsed(content: bytes) -> pydicom.Dataset:
+def parsed(content: bytes) -> pydicom.Dataset:
     """Parses the tags that are needed, with the functional groups of an only frame laid flat."""
     _check_inflated_size(content)
     source = io.BytesIO(content)

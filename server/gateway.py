@@ -94,14 +94,23 @@ class Gateway:
         self._upstream = upstream
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return  # uvicorn runs without lifespan and websockets
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+            return
+        assert scope["type"] == "http", "uvicorn runs without websockets"
         request = Request(scope, receive)
         try:
             response = await self._respond(request)
         except ClientDisconnect:
             return
         await response(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self._upstream.aclose()
+        await send({"type": "lifespan.shutdown.complete"})
 
     async def _respond(self, request: Request) -> Response:
         scope = request.scope
@@ -160,8 +169,9 @@ def build(home: Home) -> uvicorn.Server:
         host=home.settings.bind,
         port=home.settings.port,
         http="h11",  # keeps the target of a request as it came
+        loop="asyncio",  # the same everywhere, whatever else is installed
         ws="none",
-        lifespan="off",
+        lifespan="on",
         ssl_certfile=str(home.server_certificate),
         ssl_keyfile=str(home.server_key),
         limit_concurrency=MAX_CONNECTIONS,

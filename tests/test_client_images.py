@@ -5,6 +5,8 @@ import io
 import logging
 import os
 import re
+import signal
+import threading
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import MPEG2MPML, DeflatedExplicitVRLittleEndian, ExplicitVRLittleEndian, RLELossless
 
-from client import images
+from client import decoder, images
 from client.quarantine import REMEDIES
 from common.errors import UnusableCase
 
@@ -442,3 +444,38 @@ def outcome(path: Path) -> str:
     except UnusableCase as error:
         return error.code
     return "read"
+
+
+def test_crash_of_the_decoder_costs_one_case_and_not_the_process() -> None:
+    compressed = dicom(RAMP, syntax=RLELossless)
+    images.decode(compressed)
+    (child,) = decoder._children
+    os.kill(child.process.pid, signal.SIGSTOP)  # so that it dies with the file in its hands
+    threading.Timer(0.2, lambda: os.kill(child.process.pid, signal.SIGABRT)).start()
+    threading.Timer(0.3, lambda: os.kill(child.process.pid, signal.SIGCONT)).start()
+    assert code(compressed) == "unreadable"
+    np.testing.assert_array_equal(images.decode(compressed).array[0], RAMP)
+    assert child.process.returncode == -signal.SIGABRT
+
+
+def test_decoder_that_is_killed_for_memory_is_not_blamed_on_the_case() -> None:
+    compressed = dicom(RAMP, syntax=RLELossless)
+    images.decode(compressed)
+    (child,) = decoder._children
+    os.kill(child.process.pid, signal.SIGSTOP)
+    threading.Timer(0.2, lambda: os.kill(child.process.pid, signal.SIGKILL)).start()
+    with pytest.raises(MemoryError):
+        images.decode(compressed)
+
+
+def test_decoder_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    compressed = dicom(RAMP, syntax=RLELossless)
+    images.decode(compressed)
+    (child,) = decoder._children
+    os.kill(child.process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(decoder, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(decoder, "PATIENCE_SECONDS", 0.1)
+    assert code(compressed) == "too_slow"
+    assert child.process.returncode is not None
+    monkeypatch.undo()
+    np.testing.assert_array_equal(images.decode(compressed).array[0], RAMP)

@@ -62,6 +62,7 @@ def running(home: Home) -> Iterator[Upstream]:
         ssl_certfile=str(home.server_certificate),
         ssl_keyfile=str(home.server_key),
         lifespan="off",
+        loop="asyncio",
         ws="none",
         log_level="warning",
     )
@@ -232,10 +233,10 @@ def test_only_status_type_and_body_come_back(home: Home, upstream: Upstream) -> 
 def test_old_protocols_and_plain_text_get_no_answer(home: Home, upstream: Upstream) -> None:
     old = home.tls
     old.minimum_version, old.maximum_version = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_2
-    with socket.create_connection(("127.0.0.1", home.settings.port), timeout=10) as plain:
-        with pytest.raises(ssl.SSLError):
-            old.wrap_socket(plain, server_hostname="127.0.0.1")
-    with socket.create_connection(("127.0.0.1", home.settings.port), timeout=10) as plain:
+    address = ("127.0.0.1", home.settings.port)
+    with socket.create_connection(address, timeout=10) as plain, pytest.raises(ssl.SSLError):
+        old.wrap_socket(plain, server_hostname="127.0.0.1")
+    with socket.create_connection(address, timeout=10) as plain:
         plain.sendall(b"POST " + GOOD + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n")
         assert b"HTTP" not in plain.recv(1000)
     assert upstream.seen == []

@@ -404,7 +404,10 @@ def test_page_and_table_warn_exactly_when_there_is_no_valid_epsilon(private, see
     made = example(private=private, seeded=seeded, status="failed", done=0)
     screen = io.StringIO()
     Console(file=screen, width=120).print(summary_table(made))
-    for text in (Page(page.render(made)).text, screen.getvalue()):
+    drawn = page.render(made)
+    assert ('<strong class="head">NO PRIVACY</strong>' in drawn) == (not private)
+    assert ('<strong class="head">epsilon: not valid (seeded)</strong>' in drawn) == (private and seeded)
+    for text in (Page(drawn).text, screen.getvalue()):
         assert ("NO PRIVACY" in text) == (not private)
         assert ("epsilon: not valid (seeded)" in text) == seeded
 
@@ -468,11 +471,11 @@ def test_same_report_gives_the_same_bytes(report, private_page):
     assert page.render(report) == private_page
 
 
-def test_long_and_strange_site_names_are_shortened_in_figures_but_whole_in_tables():
-    name = "the-university-hospital-of-the-far-north"
-    text = page.render(example(names=[name, "birch"]))
-    assert text.count("the-university-...") >= 2
-    assert f'<th scope="row">{name}</th>' in text
+def test_long_and_strange_site_names_are_plain_in_figures_but_whole_in_tables():
+    long, strange = "the-university-hospital-of-the-far-north", "h\u00f4pital 💥 $x$"
+    text = page.render(example(names=[long, strange]))
+    assert text.count(">the-university-...<") == 2 and text.count(">h?pital ? $x$<") == 2
+    assert f'<th scope="row">{long}</th>' in text and f'<th scope="row">{strange}</th>' in text
 
 
 # --- closing table ------------------------------------------------------------------------------------------

@@ -1,0 +1,315 @@
+"""A real federation on loopback: SuperLink, SuperExec, gateway and two agents, each a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server import submission
+from server.home import Home, open_home
+from server.status import Status, status
+from server.submission import Outcome, Submission
+from server.supervisor import Identity, pid_file
+
+pytestmark = [
+    pytest.mark.deployment,
+    # Flower 1.41 builds its archives with a name that pathspec has renamed.
+    pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning"),
+]
+
+ROOT = Path(__file__).resolve().parents[1]
+BINARIES = Path(sys.executable).parent
+SITES = ("north", "south")
+AGENT = """
+import logging, signal, sys
+from pathlib import Path
+from client.__main__ import _leave, _log_to
+from client.agent import open_agent
+from client.site import open_site
+site = open_site(Path(sys.argv[1]))
+_log_to(site)
+signal.signal(signal.SIGTERM, _leave)
+open_agent(site, app="tests.tiny:client_app").run()
+"""
+WATCH = """
+import os, sys
+
+def note(event, arguments):
+    if event == "socket.connect":
+        address = arguments[1]
+    elif event == "socket.getaddrinfo":
+        address = arguments[:2]
+    else:
+        return
+    host = address[0] if isinstance(address, tuple) else None  # the address of a Unix socket is a string
+    host = host.decode() if isinstance(host, bytes) else host
+    if host is not None and host not in ("127.0.0.1", "::1", "localhost"):
+        with open(os.environ["WATCHED"], "a") as file:
+            file.write(f"{os.getpid()} {sys.argv[:1]} {event} {address}\\n")
+
+sys.addaudithook(note)
+"""
+
+
+def wait_for(condition: Callable[[], Any], *, seconds: float = 60, what: str = "") -> Any:
+    """Returns the first true value of a condition."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds} s: {what or condition}")
+
+
+def free_ports(number: int) -> list[int]:
+    probes = [socket.socket() for _ in range(number)]
+    for probe in probes:
+        probe.bind(("127.0.0.1", 0))
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
+
+
+@dataclass
+class Federation:
+    """The processes of a test federation and what is needed to talk to them."""
+
+    directory: Path
+    environment: dict[str, str]
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def home(self) -> Home:
+        return open_home(self.directory / "home")
+
+    @property
+    def status(self) -> Status:
+        return status(self.home)
+
+    def verb(self, *arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [str(BINARIES / str(arguments[0])), *map(str, arguments[1:])]
+        return subprocess.run(
+            command, env=self.environment, cwd=self.directory, capture_output=True, text=True, timeout=120
+        )
+
+    def spawn(self, name: str, *command: object) -> None:
+        with (self.directory / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                list(map(str, command)),
+                env=self.environment,
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def log(self, name: str) -> str:
+        return (self.directory / f"{name}.log").read_text()
+
+    def start_coordinator(self) -> None:
+        self.spawn("coordinator", BINARIES / "feverfew-server", "start", "home")
+        ready = "coordinator is ready"
+        wait_for(lambda: ready in self.log("coordinator") or self.processes["coordinator"].poll())
+        assert ready in self.log("coordinator"), self.log("coordinator")
+
+    def start_agent(self, name: str) -> None:
+        self.spawn(name, sys.executable, "-c", AGENT, name)
+
+    def add_site(self, name: str, *, enrolled: bool = True) -> None:
+        made = self.verb("feverfew-client", "init", name, "--nominal-patients", 100)
+        assert made.returncode == 0, made.stderr
+        if enrolled:
+            key = f"{name}/private/site.pub"
+            told = self.verb("feverfew-server", "enroll", "home", name, key, "--invitation", "invitation")
+            assert told.returncode == 0, told.stderr
+        told = self.verb("feverfew-client", "init", name, "--invitation", "invitation")
+        assert told.returncode == 0, told.stderr
+
+    def submit(self, **plan: Any) -> Submission:
+        text = json.dumps({"sites": len(SITES)} | plan)
+        return submission.submit(
+            self.home,
+            text,
+            submission.new_run_id(),
+            server_app="tests.tiny:server_app",
+            client_app="tests.tiny:client_app",
+        )
+
+    def follow(self, submitted: Submission) -> tuple[Outcome, list[dict[str, Any]]]:
+        events: list[dict[str, Any]] = []
+        return submission.follow(self.home, submitted, show=events.append), events
+
+    def kill(self, name: str) -> int:
+        """Kills one of the coordinator's processes; returns its pid."""
+        identity = Identity.read(pid_file(self.home, name))
+        assert identity is not None
+        os.kill(identity.pid, signal.SIGKILL)
+        return identity.pid
+
+    def stop(self, name: str) -> int:
+        process = self.processes.pop(name)
+        process.terminate()
+        return process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    directory = tmp_path_factory.mktemp("federation")
+    watch = directory / "watch"
+    watch.mkdir()
+    (watch / "sitecustomize.py").write_text(WATCH)
+    environment = os.environ | {
+        "PYTHONPATH": f"{watch}{os.pathsep}{ROOT}",
+        "WATCHED": str(directory / "watched"),
+        "OMP_NUM_THREADS": "1",
+    }
+    federation = Federation(directory, environment)
+    gateway, internal = free_ports(2)
+    made = federation.verb(
+        *("feverfew-server", "init", "home", "--host", "127.0.0.1"),
+        *("--port", gateway, "--internal-port", internal),
+    )
+    assert made.returncode == 0, made.stderr
+    federation.add_site(SITES[0])  # before the coordinator runs
+    try:
+        federation.start_coordinator()
+        federation.add_site(SITES[1])  # while it runs
+        for name in SITES:
+            federation.start_agent(name)
+        wait_for(lambda: list(federation.status.sites.values()) == ["online"] * 2, what="sites online")
+        yield federation
+    finally:
+        for name in reversed(list(federation.processes)):
+            federation.stop(name)
+
+
+def test_a_run_ends_with_a_report_and_sites_answer_every_round(federation: Federation) -> None:
+    outcome, events = federation.follow(federation.submit(rounds=["train"] * 5))
+    assert outcome.is_success and outcome.status == "finished:completed"
+    assert [event["sites_valid"] for event in events] == [2] * 5
+    pids = {tuple(sorted(event["pids"])) for event in events}
+    assert len(pids) == 1, "the workers stay warm"
+    print("seconds of each round:", [round(event["seconds"], 2) for event in events])
+
+
+def test_a_failed_run_is_not_called_a_success(federation: Federation) -> None:
+    outcome, _ = federation.follow(federation.submit(rounds=["train"], fails=True))
+    assert not outcome.is_success and outcome.status == "finished:failed"
+    assert "this plan fails" in outcome.details
+
+
+def test_a_worker_killed_in_the_middle_of_a_task_costs_this_task_only(federation: Federation) -> None:
+    submitted = federation.submit(rounds=["train.sleeps_once", "train"])
+    notes = [federation.directory / name / "sleeper" for name in SITES]
+    wait_for(lambda: all(note.exists() and note.read_text() for note in notes), what="workers at work")
+    for note in notes:
+        os.kill(int(note.read_text()), signal.SIGKILL)
+    outcome, events = federation.follow(submitted)
+    assert outcome.is_success
+    assert events[0]["reasons"] == ["worker_died"] * 2 and events[0]["seconds"] < 15
+    assert events[1]["sites_valid"] == 2
+
+
+@pytest.mark.parametrize("name", ["gateway", "superlink"])
+def test_a_run_survives_the_death_of(federation: Federation, name: str) -> None:
+    submitted = federation.submit(rounds=["train"] * 12)
+    events = federation.home.runs / submitted.run / "events.jsonl"
+    wait_for(lambda: events.exists() and events.read_text().count("\n") >= 2)
+    former = federation.kill(name)
+    killed = time.time()
+    outcome, told = federation.follow(submitted)
+    assert outcome.is_success and [event["sites_valid"] for event in told] == [2] * 12
+    assert federation.status.processes[name] not in (None, former)
+    again = min(event["time"] for event in told if event["time"] > killed + 0.5)
+    print(f"{name}: work went on after {again - killed:.1f} s")
+
+
+def test_a_killed_agent_is_back_at_once_when_it_is_started_again(federation: Federation) -> None:
+    process = federation.processes.pop("north")
+    process.kill()
+    process.wait()
+    begun = time.monotonic()
+    federation.start_agent("north")
+    connections = federation.log("north").count("connected as node")
+    wait_for(lambda: federation.log("north").count("connected as node") > connections, seconds=20)
+    print(f"a killed agent was back after {time.monotonic() - begun:.1f} s")
+    outcome, events = federation.follow(federation.submit(rounds=["train"]))
+    assert outcome.is_success and events[0]["sites_valid"] == 2
+
+
+def test_a_key_that_is_not_enrolled_gets_nowhere(federation: Federation) -> None:
+    federation.add_site("stranger", enrolled=False)
+    federation.start_agent("stranger")
+    wait_for(lambda: federation.log("stranger").count("not admitted") >= 2, what="refusals")
+    assert "connected" not in federation.log("stranger")
+    assert "stranger" not in federation.status.sites
+    outcome, events = federation.follow(federation.submit(rounds=["train"]))
+    assert outcome.is_success and events[0]["sites_valid"] == 2
+    federation.stop("stranger")
+
+
+def test_nobody_controls_the_federation_through_the_gateway(federation: Federation) -> None:
+    home = federation.home
+    through = {}
+    for path in ("/v1/control/list-runs", "/v1/runtime/acquire-task", "/v1/fleet/get-fab", "/health"):
+        for name, port in (("gateway", home.settings.port), ("inside", home.settings.internal_port)):
+            url = f"https://127.0.0.1:{port}{path}"
+            through[path, name] = httpx.post(url, verify=home.tls, trust_env=False).status_code
+    assert {status for (_, name), status in through.items() if name == "gateway"} == {403}
+    assert through["/v1/control/list-runs", "inside"] != 403, "the test can tell the two apart"
+
+
+def test_two_coordinators_cannot_share_a_directory(federation: Federation) -> None:
+    second = federation.verb("feverfew-server", "start", "home")
+    assert second.returncode == 2 and "running coordinator" in second.stderr
+
+
+def test_status_tells_processes_sites_and_runs(federation: Federation) -> None:
+    told = federation.verb("feverfew-server", "status", "home", "--json")
+    found = json.loads(told.stdout)
+    assert all(found["processes"].values()) and set(found["sites"]) == set(SITES)
+    assert {run["status"] for run in found["runs"]} >= {"finished:completed"}
+
+
+def test_no_process_asks_for_anything_but_loopback(federation: Federation) -> None:
+    watched = federation.directory / "watched"
+    outcome, _ = federation.follow(federation.submit(rounds=["train"]))
+    assert outcome.is_success
+    assert not watched.exists(), watched.read_text()
+    attempt = "import sys; sys.audit('socket.connect', None, ('192.0.2.1', 443))"
+    subprocess.run([sys.executable, "-c", attempt], env=federation.environment, check=True)
+    assert "192.0.2.1" in watched.read_text(), "the watch sees what it should"
+    watched.unlink()
+
+
+def test_stopping_the_coordinator_leaves_no_process_and_a_new_start_goes_on(federation: Federation) -> None:
+    pids = list(federation.status.processes.values())
+    assert federation.stop("coordinator") == 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    federation.start_coordinator()
+    outcome, events = federation.follow(federation.submit(rounds=["train"]))
+    assert outcome.is_success and events[0]["sites_valid"] == 2
+
+
+def test_a_new_supervisor_ends_what_a_killed_one_has_left(federation: Federation) -> None:
+    left = federation.status.processes
+    process = federation.processes.pop("coordinator")
+    process.kill()
+    process.wait()
+    federation.start_coordinator()
+    fresh = federation.status.processes
+    assert all(fresh[name] not in (None, left[name]) for name in fresh)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in left.values())
