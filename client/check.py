@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -192,7 +193,7 @@ def _parts_table(findings: Findings) -> Table:
     table = Table(title=f"{findings.site}: patients (cases)", title_justify="left")
     table.add_column("part")
     for name in (*classes, "all"):
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     for name, part in findings.parts.items():
         cells = [part.by_class[one] for one in classes]
         table.add_row(name, *(f"{cell.patients} ({cell.cases})" for cell in (*cells, part.total)))
@@ -211,7 +212,7 @@ def _quarantine_table(findings: Findings) -> Table:
 def _lines_table(findings: Findings) -> Table:
     table = Table.grid(padding=(0, 2))
     for line in findings.lines:
-        table.add_row(f"[{STYLES[line.level]}]{line.level}[/]", line.name, line.text)
+        table.add_row(f"[{STYLES[line.level]}]{line.level}[/]", escape(line.name), escape(line.text))
     return table
 
 
@@ -226,3 +227,40 @@ def progress(console: Console) -> Iterator[OnProgress]:
             bar.update(task, completed=done, total=total)
 
         yield told
+
+
+def report(
+    site: Site,
+    *,
+    preprocessing: Preprocessing,
+    classes: tuple[str, ...],
+    budget: Line | None = None,
+    connection: Line | None = None,
+    freeze: bool = False,
+    as_json: bool = False,
+    console: Console | None = None,
+) -> int:
+    """Checks a site and prints what was found; returns the exit code, 0 if the site can take part.
+
+    Args:
+        freeze: take the case table and the files as they are now, as the next version of the cohort.
+        as_json: print JSON instead of tables.
+        console: where to print; standard output unless given. The progress bar goes to standard error.
+    """
+    with progress(Console(stderr=True)) as on_progress:
+        if freeze:
+            frozen.freeze(site, on_progress=on_progress)
+        findings = check(
+            site,
+            preprocessing=preprocessing,
+            classes=classes,
+            budget=budget,
+            connection=connection,
+            on_progress=on_progress,
+        )
+    console = console or Console()
+    if as_json:
+        console.print_json(data=findings.to_tree())
+    else:
+        console.print(render(findings))
+    return 0 if findings.ok else 1

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import os
 
-from client import files
 from client.site import Site, Split
 from common import keys
 from common.errors import DataError
@@ -14,21 +12,8 @@ from common.errors import DataError
 KEY_BYTES = 32
 
 
-def make_key(site: Site, *, secret: bytes | None = None) -> None:
-    """Writes ``private/split.key``, which decides for ever who is trained on and who is tested on.
-
-    Args:
-        secret: 32 bytes; random ones unless given.
-
-    Raises:
-        FileExistsError: there is one already; another would move patients between the parts.
-    """
-    content = (secret or os.urandom(KEY_BYTES)).hex().encode()
-    keys.write_secret(files.private_directory(site.private) / "split.key", content)
-
-
 def read_key(site: Site) -> bytes:
-    """Returns the 32 bytes of ``private/split.key``.
+    """Returns the 32 bytes of ``private/split.key``, which decides for ever who is in which part.
 
     Raises:
         DataError: the file does not hold 64 hexadecimal digits.

@@ -69,7 +69,7 @@ def _rows(stream: TextIO, *, path: Path, patient_is: PatientIs) -> Iterator[Case
                 _check_distinct(row, seen=patients, line=reader.line_num)
             yield case
     except csv.Error as error:
-        raise DataError(f"Expected CSV in line {reader.line_num} of {path}, found: {error}.") from None
+        raise DataError(f"Expected CSV in line {reader.reader.line_num} of {path}, found: {error}.") from None
 
 
 def _check_header(names: list[str], *, path: Path, patient_is: PatientIs) -> None:

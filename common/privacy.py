@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist
 
 from common.errors import PrivacyTargetError
 from common.plan import DpSgd, Plan
@@ -106,9 +105,13 @@ def _gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def _gaussian_delta(mu: float, eps: float) -> float:
-    normal = NormalDist()
-    second = normal.cdf(-eps / mu - mu / 2)
-    return normal.cdf(-eps / mu + mu / 2) - (math.exp(eps + math.log(second)) if second > 0 else 0.0)
+    second = _normal_cdf(-eps / mu - mu / 2)
+    return _normal_cdf(-eps / mu + mu / 2) - (math.exp(eps + math.log(second)) if second > 0 else 0.0)
+
+
+def _normal_cdf(x: float) -> float:
+    """By erfc: far out on the left ``statistics.NormalDist`` is a multiple of 6e-17, too coarse for exp(eps)."""
+    return math.erfc(-x / math.sqrt(2)) / 2
 
 
 def _prv_epsilon(history: tuple[Spend, ...], delta: float, *, error: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,14 +18,12 @@ from common.trail import Trail
 from server.mailbox import Mailbox
 
 _LOOK_SECONDS = 0.1
+_ATTEMPTS = 3
+"""How often a site is asked to prepare that does not answer; one that answers wrongly is asked once."""
 
 
 class Roster:
-    """The sites of a run.
-
-    Args:
-        known: sites of an earlier part of the run, by name; they are prepared again.
-    """
+    """The sites of a run."""
 
     def __init__(self, grid: Grid, mailbox: Mailbox, *, plan: Plan, run: str, trail: Trail) -> None:
         self._grid = grid
@@ -33,6 +32,7 @@ class Roster:
         self._run = run
         self._trail = trail
         self._names: dict[int, str] = {}
+        self._attempts: Counter[int] = Counter()
         self.sites: dict[str, Prepared] = {}
         """Every site that answered, by name."""
 
@@ -45,7 +45,11 @@ class Roster:
 
     def admit_newcomers(self) -> None:
         """Prepares the sites that have come since; a site that was seen before is not asked again."""
-        newcomers = {node: name for node, name in self._nodes().items() if node not in self._names}
+        newcomers = {
+            node: name
+            for node, name in self._nodes().items()
+            if node not in self._names and self._attempts[node] < _ATTEMPTS
+        }
         if not newcomers:
             return
         task = Task(
@@ -80,6 +84,8 @@ class Roster:
         return [chosen[name] for name in sorted(chosen)]
 
     def _admit(self, node: int, *, enrolled: str, reply: Message | None) -> None:
+        is_answer = reply is not None and not reply.has_error()
+        self._attempts[node] += _ATTEMPTS if is_answer else 1
         try:
             if reply is None or reply.has_error():
                 raise InvalidReply("missing" if reply is None else "app_failed")

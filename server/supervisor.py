@@ -34,7 +34,7 @@ MIN_BACKOFF_SECONDS: Final = 0.5
 MAX_BACKOFF_SECONDS: Final = 30.0
 HEALTHY_SECONDS: Final = 60.0
 """After so long a life the pause before a restart is short again; it doubles with each death before that."""
-TASK_POLL_SECONDS: Final = 0.1
+TASK_POLL_SECONDS: Final = 0.25
 RUN_DIRECTORY: Final = "FEVERFEW_RUN_DIRECTORY"
 
 

@@ -109,12 +109,13 @@ def random_anatomy(rng: np.random.Generator, *, diseased: bool, difficulty: Diff
     )
 
 
-def random_pose(rng: np.random.Generator) -> Pose:
+def random_pose(rng: np.random.Generator, *, scale: float) -> Pose:
+    """Draws how a patient stands; ``scale`` is that of the device."""
     return Pose(
         angle_radians=rng.normal(0.0, 0.02),
         shift_x=rng.normal(0.0, 0.02),
         shift_y=rng.normal(0.0, 0.02),
-        scale=rng.uniform(0.97, 1.05),
+        scale=scale * rng.uniform(0.96, 1.04),
         breath=rng.normal(0.0, 0.02),
     )
 

@@ -21,7 +21,9 @@ from simulations.anatomy import NO_POINTS, Anatomy, Points, blur, density, line,
 # Changes whenever the same numbers give other pixels or other headers; sites made by another version are remade.
 VERSION = 1
 
-FIELD_OF_VIEW_MM = 380.0
+CLASS_NAMES = ("normal", "opacity")
+# How wide a part of the patient the numbers in ``simulations/anatomy.py`` take as their field of view.
+CHEST_MM = 380.0
 
 Pixels = NDArray[np.uint16]
 Photometric = Literal["MONOCHROME1", "MONOCHROME2"]
@@ -37,6 +39,7 @@ class Scanner:
     bits_stored: int
     rescale_slope: float
     rescale_intercept: float
+    field_mm: float
     pixel_mm: float
     blur_mm: float
     gamma: float
@@ -46,23 +49,25 @@ class Scanner:
     @property
     def size(self) -> int:
         """Rows and columns of its images."""
-        return round(FIELD_OF_VIEW_MM / self.pixel_mm)
+        return round(self.field_mm / self.pixel_mm)
 
 
-# One site in turn each, so that four sites differ in everything that a reader has to get right.
-_MODELS: tuple[tuple[str, Literal["DX", "CR"], Photometric, int, float, float], ...] = (
-    ("Aster DR 200", "DX", "MONOCHROME2", 12, 1.0, 0.0),
-    ("Borage CR 8", "CR", "MONOCHROME1", 8, 2.0, 30.0),
-    ("Comfrey DX 16", "DX", "MONOCHROME2", 16, 1.0, 0.0),
-    ("Dill DR 12", "DX", "MONOCHROME1", 12, 1.0, 0.0),
-    ("Elder CR 10", "CR", "MONOCHROME2", 12, 0.5, -100.0),
-    ("Fennel DX 2", "DX", "MONOCHROME1", 16, 1.0, 0.0),
+# One site in turn each, so that four sites differ in everything that a reader has to get right, and so much in
+# contrast and field of view that a network trained at one site is worse at the others:
+# model, modality, photometric interpretation, bits stored, rescale slope and intercept, gamma, field of view (mm).
+_MODELS: tuple[tuple[str, Literal["DX", "CR"], Photometric, int, float, float, float, float], ...] = (
+    ("Aster DR 200", "DX", "MONOCHROME2", 12, 1.0, 0.0, 1.0, 390.0),
+    ("Borage CR 8", "CR", "MONOCHROME1", 8, 2.0, 30.0, 1.5, 360.0),
+    ("Comfrey DX 16", "DX", "MONOCHROME2", 16, 1.0, 0.0, 0.8, 430.0),
+    ("Dill DR 12", "DX", "MONOCHROME1", 12, 1.0, 0.0, 1.25, 350.0),
+    ("Elder CR 10", "CR", "MONOCHROME2", 12, 0.5, -100.0, 0.7, 380.0),
+    ("Fennel DX 2", "DX", "MONOCHROME1", 16, 1.0, 0.0, 1.1, 410.0),
 )
 
 
 def random_scanner(rng: np.random.Generator, *, index: int, image_size: int) -> Scanner:
     """Draws the device of site number ``index``; ``image_size`` is what rows and columns are near to."""
-    model, modality, photometric, bits_stored, slope, intercept = _MODELS[index % len(_MODELS)]
+    model, modality, photometric, bits_stored, slope, intercept, gamma, field_mm = _MODELS[index % len(_MODELS)]
     return Scanner(
         model=model,
         modality=modality,
@@ -70,10 +75,11 @@ def random_scanner(rng: np.random.Generator, *, index: int, image_size: int) -> 
         bits_stored=bits_stored,
         rescale_slope=slope,
         rescale_intercept=intercept,
-        pixel_mm=round(FIELD_OF_VIEW_MM / image_size * rng.uniform(0.88, 1.12), 3),
-        blur_mm=float(rng.uniform(1.2, 2.6)),
-        gamma=float(rng.uniform(0.85, 1.2)),
-        noise_sd=float(rng.uniform(0.010, 0.030)),
+        field_mm=field_mm,
+        pixel_mm=round(field_mm / image_size * rng.uniform(0.88, 1.12), 3),
+        blur_mm=float(rng.uniform(1.2, 3.0)),
+        gamma=float(gamma * rng.uniform(0.95, 1.05)),
+        noise_sd=float(rng.uniform(0.010, 0.040)),
         exposure_spread=float(rng.uniform(0.04, 0.10)),
     )
 
@@ -87,7 +93,7 @@ def draw(anatomy: Anatomy, scanner: Scanner, rng: np.random.Generator) -> Pixels
         Stored values, uint16, (scanner.size, scanner.size), below ``2 ** scanner.bits_stored``; of a MONOCHROME1
         device low values are bright.
     """
-    pose = random_pose(rng)
+    pose = random_pose(rng, scale=CHEST_MM / scanner.field_mm)
     size = scanner.size
     image = density(anatomy, pose=pose, size=size)
     image += splat(

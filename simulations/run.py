@@ -5,29 +5,22 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from common import config as configs
 from common.command import exit_code
 from common.config import explained, plain, plan_of
+from common.plan import NoPrivacy, Plan
 
 COMMAND = "feverfew-simulate"
 
 
 def main() -> None:
     """Entry point; exit code 0 well, 1 the run failed, 2 wrong input."""
-    from client.worker import forkserver
-
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors reach us and become one line each
-    forkserver(preload=PRELOADED)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us, and become one clear line
     sys.exit(exit_code(lambda: explained(_run), command=COMMAND))
-
-
-PRELOADED = ("client.app", "client.clipping")
 
 
 def _run() -> int:
@@ -37,10 +30,25 @@ def _run() -> int:
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="simulation")
 def _simulate(config: DictConfig) -> None:
-    from simulations.simulation import simulate  # after Hydra's own exits, such as --help
+    tree = plain(config)
+    plan = plan_of(tree)
+    _start_workers_early(plan)
+    from simulations.hospitals import prepare_sites  # torch takes seconds: not for --help or a typing error
+    from simulations.settings import settings_of, source_of
+    from simulations.simulation import show, simulate
 
-    tree: dict[str, Any] = plain(config)
-    simulate(plan_of(tree), tree, directory=Path(HydraConfig.get().runtime.output_dir))
+    settings = settings_of(tree)
+    sites = prepare_sites(Path(settings.sites_directory), source=source_of(tree["data"]))
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    show(simulate(plan, sites, settings=settings, directory=directory), directory=directory)
 
 
-__all__ = ["configs", "main"]
+def _start_workers_early(plan: Plan) -> None:
+    """Lets the fork server import what workers need while this process imports its own half."""
+    from multiprocessing import forkserver as server
+
+    from client.worker import forkserver
+
+    private = [] if isinstance(plan.privacy, NoPrivacy) else ["client.clipping"]
+    forkserver(preload=["client.app", *private])
+    server.ensure_running()

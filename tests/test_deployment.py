@@ -120,10 +120,12 @@ class Federation:
         return (self.directory / f"{name}.log").read_text()
 
     def start_coordinator(self) -> None:
+        log = self.directory / "coordinator.log"
+        log.unlink(missing_ok=True)
         self.spawn("coordinator", BINARIES / "feverfew-server", "start", "home")
         ready = "coordinator is ready"
-        wait_for(lambda: ready in self.log("coordinator") or self.processes["coordinator"].poll())
-        assert ready in self.log("coordinator"), self.log("coordinator")
+        wait_for(lambda: ready in log.read_text() or self.processes["coordinator"].poll() is not None)
+        assert ready in log.read_text(), log.read_text()
 
     def start_agent(self, name: str) -> None:
         self.spawn(name, sys.executable, "-c", AGENT, name)

@@ -1,0 +1,37 @@
+"""Plans for tests, made from ``conf/`` as a coordinator's are."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from common.config import GROUPS, compose_plan
+from common.plan import Plan
+
+
+def plan(**changes: Any) -> Plan:
+    """Returns the plan of ``conf/server.yaml`` for two sites with phantoms' classes, changed.
+
+    A text for a group chooses its file: ``model="article_cnn"``, ``privacy="none"``. Anything else is set
+    after composing: ``rounds=3``, ``classes=("a", "b", "c")``, and with two underscores for a dot,
+    ``training__local_steps=1``.
+
+    Raises:
+        ConfigError: the plan refuses the changes.
+    """
+    choices = {name: value for name, value in changes.items() if name in GROUPS and isinstance(value, str)}
+    tree = _composed(tuple(sorted(choices.items()))).model_dump(mode="json")
+    for name, value in changes.items():
+        if name not in choices:
+            *path, key = name.split("__")
+            place = tree
+            for part in path:
+                place = place[part]
+            place[key] = value
+    return Plan.from_tree(tree)
+
+
+@cache
+def _composed(choices: tuple[tuple[str, str], ...]) -> Plan:
+    overrides = [f"{name}={value}" for name, value in choices]
+    return compose_plan(["plan.classes=[normal,opacity]", "plan.sites=2", *overrides])

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image as Pillow
+from rich.console import Console
+
+from client import skeleton
+from client.check import Counts, Findings, Level, Line, check, progress, render, report
+from client.site import Site, open_site
+from common import keys
+from common.plan import Preprocessing
+
+CLASSES = ("normal", "opacity")
+ASKED = Preprocessing(channels=1, size=(8, 8), lower_percentile=0, upper_percentile=100)
+EVERYTHING_TRAINS = {"train": 1, "validation": 0, "test": 0}
+
+
+def make_site(directory: Path, *, num_patients: int = 12, **settings: Any) -> Site:
+    """A site whose patients have two images each, every third patient one of each class."""
+    tree = yaml.safe_load(skeleton.SETTINGS.format(name="north", nominal_patients=num_patients))
+    directory.mkdir()
+    (directory / "site.yaml").write_text(yaml.safe_dump({**tree, "split": EVERYTHING_TRAINS, **settings}))
+    lines = ["image,label,patient_id"]
+    for number in range(2 * num_patients):
+        patient = number // 2
+        label = CLASSES[number % 2 if patient % 3 == 0 else patient % 3 - 1]
+        pixels = np.random.default_rng(number).integers(0, 256, (9, 9), dtype=np.uint8)
+        Pillow.fromarray(pixels).save(directory / f"{number}.png")
+        lines.append(f"{number}.png,{label},P{patient}")
+    (directory / "cases.csv").write_text("\n".join(lines) + "\n")
+    (directory / "private").mkdir(mode=0o700)
+    keys.write_secret(directory / "private" / "split.key", b"ab" * 32)
+    return open_site(directory)
+
+
+def checked(site: Site, **options: Any) -> Findings:
+    return check(site, **{"preprocessing": ASKED, "classes": CLASSES, **options})
+
+
+def level(findings: Findings, name: str) -> Level | None:
+    return next((line.level for line in findings.lines if line.name == name), None)
+
+
+def test_patients_and_cases_are_counted_by_class_and_part(tmp_path: Path) -> None:
+    findings = checked(make_site(tmp_path / "site"))
+    assert (findings.offered, findings.used, findings.patients) == (24, 24, 12)
+    train = findings.parts["train"]
+    assert train.total == Counts(patients=12, cases=24)
+    # 4 patients have one image of each class, 4 two of the first, 4 two of the second
+    assert train.by_class == {name: Counts(patients=8, cases=12) for name in CLASSES}
+    assert findings.parts["test"].total == Counts(patients=0, cases=0)
+    assert findings.ok and {line.level for line in findings.lines} == {"ok"}
+
+
+def test_quarantine_is_counted_with_a_remedy(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "site")
+    (site.directory / "3.png").unlink()
+    (site.directory / "4.png").write_bytes(b"")
+    findings = checked(site)
+    assert findings.quarantined == {"empty_file": 1, "missing_file": 1}
+    assert level(findings, "cases") == "warning" and findings.ok
+    tree = json.loads(json.dumps(findings.to_tree()))
+    assert tree["quarantined"]["empty_file"] == {"cases": 1, "remedy": "the file is empty; export it again"}
+
+
+def test_a_class_or_part_without_cases_is_found(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "site")
+    absent = checked(site, classes=(*CLASSES, "effusion"))
+    assert level(absent, "training") == "warning" and absent.ok
+    nothing = checked(site, classes=("x", "y"))
+    assert level(nothing, "training") == "error" and not nothing.ok
+
+
+def test_evaluation_site_needs_no_training_part(tmp_path: Path) -> None:
+    only_test = {"train": 0, "validation": 0, "test": 1}
+    site = make_site(tmp_path / "site", role="evaluation", split=only_test)
+    findings = checked(site)
+    assert findings.ok and level(findings, "nominal_patients") is None
+    assert findings.parts["test"].total.patients == 12
+
+
+@pytest.mark.parametrize(("nominal", "expected"), [(40, "ok"), (48, "ok"), (33, "warning"), (51, "warning")])
+def test_nominal_patients_far_from_the_training_part_are_found(
+    tmp_path: Path, nominal: int, expected: str
+) -> None:
+    site = make_site(tmp_path / "site", num_patients=40, nominal_patients=nominal)
+    assert level(checked(site), "nominal_patients") == expected
+
+
+def test_changed_table_is_found_until_it_is_frozen(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "site")
+    assert level(checked(site), "case table") is None
+    site.table.write_text(site.table.read_text().replace("0.png,normal,P0\n", ""))
+    assert level(checked(site), "case table") == "warning"
+    output = io.StringIO()
+    options: dict[str, Any] = {"preprocessing": ASKED, "classes": CLASSES, "as_json": True}
+    assert report(site, **options, freeze=True, console=Console(file=output)) == 0
+    tree = json.loads(output.getvalue())
+    assert tree["offered"] == 23 and "case table" not in [line["name"] for line in tree["lines"]]
+
+
+def test_more_threads_than_the_machine_has_are_found(tmp_path: Path) -> None:
+    assert level(checked(make_site(tmp_path / "site", threads=256)), "device") == "warning"
+
+
+def test_images_as_patients_are_said(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "site", patient_is="case")
+    site.table.write_text("image,label\n0.png,normal\n1.png,opacity\n")
+    assert level(checked(site), "patients") == "ok"
+
+
+def test_lines_of_others_are_shown_and_decide(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "site")
+    budget = Line(name="budget", text="epsilon 1.5 [bold] of 3.0 left")
+    findings = checked(site, budget=budget)
+    assert findings.lines[-1] == budget
+    output = io.StringIO()
+    Console(file=output, width=120).print(render(findings))
+    assert budget.text in output.getvalue()
+    cut = Line(name="connection", text="no answer", level="error")
+    assert not checked(site, budget=budget, connection=cut).ok
+    assert report(site, preprocessing=ASKED, classes=CLASSES, connection=cut) == 1
+
+
+def test_tables_show_what_was_found_and_no_name(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "site")
+    (site.directory / "3.png").unlink()
+    output = io.StringIO()
+    Console(file=output, width=120).print(render(checked(site)))
+    text = output.getvalue()
+    for expected in ("12 (23)", "missing_file", "restore it or remove the row", "nominal_patients", "12 in"):
+        assert expected in text
+    assert ".png" not in text and "P1" not in text
+
+
+def test_progress_reaches_the_end(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "site")
+    told: list[tuple[int, int]] = []
+    checked(site, on_progress=lambda done, total: told.append((done, total)))
+    assert told == [(n, 24) for n in range(1, 25)] * 2  # once to freeze, once to decode
+    with progress(Console(file=io.StringIO())) as on_progress:
+        on_progress(1, 2)

@@ -1,0 +1,413 @@
+from __future__ import annotations
+
+import csv
+import hashlib
+import hmac
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image as Pillow
+
+from client import cache, frozen, images, skeleton, split
+from client import preprocessing as preparing
+from client.cohort import Cohort, freeze, open_cohort
+from client.site import Site, Split, open_site
+from client.table import Case, Refused
+from common import keys
+from common.errors import ConfigError, DataError, StateError, UnusableCase, UserError
+from common.plan import Preprocessing
+
+CLASSES = ("normal", "opacity")
+SECRET = bytes(range(32))
+ASKED = Preprocessing(channels=1, size=(8, 8), lower_percentile=0, upper_percentile=100)
+SETTINGS: dict[str, Any] = {
+    **yaml.safe_load(skeleton.SETTINGS.format(name="north", nominal_patients=10)),
+    "split": {"train": 0.5, "validation": 0.2, "test": 0.3},
+}
+Row = tuple[str, str, str]
+
+
+def write_png(path: Path, *, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Pillow.fromarray(np.random.default_rng(seed).integers(0, 256, (11, 9), dtype=np.uint8)).save(path)
+
+
+def write_table(directory: Path, rows: Iterable[Row]) -> None:
+    lines = ["image,label,patient_id", *(",".join(row) for row in rows)]
+    (directory / "cases.csv").write_text("\n".join(lines) + "\n")
+
+
+def rows_of(num_patients: int) -> list[Row]:
+    """Two images a patient, the label by patient."""
+    return [(f"i/{n}.png", CLASSES[n // 2 % 2], f"Patient {n // 2}") for n in range(2 * num_patients)]
+
+
+def make_site(directory: Path, rows: list[Row], **settings: Any) -> Site:
+    directory.mkdir()
+    for number, row in enumerate(rows):
+        write_png(directory / row[0], seed=number)
+    write_table(directory, rows)
+    (directory / "site.yaml").write_text(yaml.safe_dump({**SETTINGS, **settings}))
+    site = open_site(directory)
+    site.private.mkdir(mode=0o700)
+    keys.write_secret(site.private / "split.key", SECRET.hex().encode())
+    return site
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return make_site(tmp_path / "north", rows_of(30))
+
+
+def opened(site: Site, **options: Any) -> Cohort:
+    return open_cohort(site, **{"preprocessing": ASKED, "classes": CLASSES, **options})
+
+
+def decoded(site: Site) -> int:
+    """Opens the cohort and returns how many cases had to be decoded."""
+    told: list[tuple[int, int]] = []
+    freeze(site)
+    opened(site, on_progress=lambda done, total: told.append((done, total)))
+    return len(told)
+
+
+def same(first: Cohort, second: Cohort) -> bool:
+    return all(
+        np.array_equal(part.images, second.parts[name].images)
+        and np.array_equal(part.labels, second.parts[name].labels)
+        and all(map(np.array_equal, part.patients, second.parts[name].patients))
+        for name, part in first.parts.items()
+    )
+
+
+def part_by_patient(site: Site) -> dict[str, str]:
+    secret = split.read_key(site)
+    listed = frozen.read(site, secret=secret)
+    assert listed is not None
+    return {
+        one.case.patient: split.part_of(
+            split.pseudonym(one.case.patient, secret=secret), split=site.settings.split
+        )
+        for one in listed.cases
+    }
+
+
+def quarantined(site: Site) -> dict[str, str]:
+    with (site.private / "quarantine.csv").open() as stream:
+        return {row["image"]: row["code"] for row in csv.DictReader(stream)}
+
+
+def test_every_case_is_in_one_part_with_its_label_and_pixels(site: Site) -> None:
+    cohort = opened(site)
+    expected: dict[str, list[tuple[bytes, int]]] = {"train": [], "validation": [], "test": []}
+    parts = part_by_patient(site)
+    for image, label, patient in rows_of(30):
+        pixels = preparing.apply(images.read(site.directory / image), ASKED)
+        expected[parts[patient]].append((pixels.tobytes(), CLASSES.index(label)))
+    assert (cohort.offered, cohort.used, cohort.reasons) == (60, 60, {})
+    for name, part in cohort.parts.items():
+        assert part.images.dtype == np.uint8 and part.images.shape == (len(part.labels), 1, 8, 8)
+        assert part.labels.dtype == np.int64
+        found = [(image.tobytes(), int(label)) for image, label in zip(part.images, part.labels, strict=True)]
+        assert sorted(found) == sorted(expected[name])
+        assert len(part.patients) * 2 == len(part.labels) > 0
+        for cases in part.patients:
+            assert len(set(part.labels[cases])) == 1  # the label is by patient here
+        assert sorted(np.concatenate(part.patients)) == list(range(len(part.labels)))
+
+
+def test_arrays_cannot_be_written(site: Site) -> None:
+    part = opened(site).parts["train"]
+    for array in (part.images, part.labels):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+def test_split_is_hmac_of_the_patient_under_the_site_secret(site: Site) -> None:
+    opened(site)
+    for patient, part in part_by_patient(site).items():
+        digest = hmac.new(SECRET, patient.encode(), hashlib.sha256).digest()
+        position = int.from_bytes(digest[:8], "big") / 2**64
+        assert part == ("train" if position < 0.5 else "validation" if position < 0.7 else "test")
+
+
+def test_split_has_the_fractions_that_were_asked_for() -> None:
+    settings = Split(train=0.7, validation=0.1, test=0.2)
+    found = [split.part_of(split.pseudonym(str(n), secret=SECRET), split=settings) for n in range(20_000)]
+    for name, fraction in (("train", 0.7), ("validation", 0.1), ("test", 0.2)):
+        assert found.count(name) / 20_000 == pytest.approx(fraction, abs=0.01)
+    ends = Split(train=0, validation=1, test=0)
+    assert {split.part_of(byte * 32, split=ends) for byte in (b"\0", b"\x80", b"\xff")} == {"validation"}
+
+
+def test_coming_and_going_patients_move_nobody(site: Site) -> None:
+    opened(site)
+    before = part_by_patient(site)
+    rows = rows_of(50)[10:]
+    for number, row in enumerate(rows):
+        write_png(site.directory / row[0], seed=1000 + number)
+    write_table(site.directory, rows)
+    freeze(site)
+    after = part_by_patient(site)
+    assert len(before) == 30 and len(after) == 45
+    assert all(after[patient] == part for patient, part in before.items() if patient in after)
+
+
+def test_order_of_rows_and_place_of_the_site_change_nothing(site: Site, tmp_path: Path) -> None:
+    moved = make_site(tmp_path / "south", rows_of(30))
+    write_table(moved.directory, rows_of(30)[::-1])
+    assert opened(moved).version == opened(site).version
+    assert same(opened(moved), opened(site))
+
+
+def test_every_image_is_its_own_patient_when_said(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "north", rows_of(10), patient_is="case")
+    (site.directory / "cases.csv").write_text(
+        "image,label\n" + "".join(f"{image},{label}\n" for image, label, _ in rows_of(10))
+    )
+    cohort = opened(site)
+    assert sum(len(part.patients) for part in cohort.parts.values()) == cohort.used == 20
+
+
+def test_empty_parts_and_an_empty_cohort_are_legal(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "a", rows_of(3), split={"train": 0, "validation": 0, "test": 1})
+    cohort = opened(site)
+    assert cohort.parts["train"].images.shape == (0, 1, 8, 8) and cohort.parts["train"].patients == ()
+    assert len(cohort.parts["test"].labels) == 6
+    empty = opened(make_site(tmp_path / "b", []))
+    assert (empty.offered, empty.used) == (0, 0)
+    nothing = opened(site, classes=("x", "y"))
+    assert nothing.used == 0 and nothing.reasons == {"unknown_label": 6}
+
+
+def test_what_cannot_be_used_is_counted_listed_and_never_fatal(site: Site) -> None:
+    rows = rows_of(30)
+    (site.directory / rows[0][0]).unlink()
+    (site.directory / rows[1][0]).write_bytes(b"not an image")
+    (site.directory / rows[2][0]).write_bytes((site.directory / rows[2][0]).read_bytes()[:-40])
+    rows[3] = (rows[3][0], "healthy", rows[3][2])
+    rows[4] = (rows[4][0], rows[4][1], "")
+    rows += [rows[5], (rows[6][0], "opacity", "somebody else")]
+    write_table(site.directory, rows)
+    cohort = opened(site)
+    assert cohort.reasons == {
+        "contradictory_rows": 2,
+        "duplicate_row": 1,
+        "missing_file": 1,
+        "missing_patient": 1,
+        "truncated": 1,
+        "unknown_format": 1,
+        "unknown_label": 1,
+    }
+    assert cohort.offered == 62 and cohort.used == 54 == cohort.offered - sum(cohort.reasons.values())
+    assert sum(len(part.labels) for part in cohort.parts.values()) == 54
+    codes = quarantined(site)
+    assert codes[rows[0][0]] == "missing_file" and codes[rows[6][0]] == "contradictory_rows"
+    assert opened(site).reasons == cohort.reasons  # a warm start tells the same
+
+
+def test_changed_table_is_picked_up_by_freezing_only(site: Site) -> None:
+    first = opened(site)
+    assert not frozen.has_changed(site)
+    write_table(site.directory, rows_of(30)[:20])
+    assert frozen.has_changed(site)
+    assert opened(site).version == first.version and same(opened(site), first)
+    second = freeze(site)
+    assert second.version != first.version and len(second.cases) == 20
+    assert opened(site).used == 20
+    kept = site.private / f"cohort-{first.version[:16]}.json"
+    assert json.loads(kept.read_bytes())["version"] == first.version
+
+
+def test_changed_and_missing_files_are_refused_until_frozen_again(site: Site) -> None:
+    version = opened(site).version
+    changed, gone, touched = (site.directory / rows_of(30)[n][0] for n in (0, 1, 2))
+    write_png(changed, seed=999)
+    gone.unlink()
+    touched.touch()
+    cohort = opened(site)
+    assert cohort.version == version
+    assert cohort.reasons == {"changed_since_frozen": 1, "missing_file": 1}
+    write_png(changed, seed=0)
+    assert opened(site).reasons == {"missing_file": 1}
+    write_png(changed, seed=999)
+    freeze(site)
+    assert opened(site).reasons == {"missing_file": 1} and opened(site).version != version
+
+
+def test_a_case_is_decoded_once(site: Site, tmp_path: Path) -> None:
+    write_table(site.directory, rows_of(30)[:50])
+    assert decoded(site) == 50
+    assert decoded(site) == 0
+    write_table(site.directory, rows_of(30)[4:])
+    assert decoded(site) == 10
+    shutil.copytree(site.directory, tmp_path / "copy")  # as from a backup: other times, same content
+    assert decoded(open_site(tmp_path / "copy")) == 0
+    fresh = make_site(tmp_path / "fresh", rows_of(30))
+    write_table(fresh.directory, rows_of(30)[4:])
+    assert same(opened(fresh), opened(site))
+
+
+def test_refused_content_is_not_decoded_again(site: Site) -> None:
+    (site.directory / rows_of(30)[0][0]).write_bytes(b"not an image")
+    assert decoded(site) == 60
+    assert decoded(site) == 0
+    assert opened(site).reasons == {"unknown_format": 1}
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "gone", "index", "header"])
+def test_damaged_cache_is_made_anew(site: Site, damage: str) -> None:
+    before = opened(site)
+    before_bytes = {name: part.images.tobytes() for name, part in before.parts.items()}
+    (images_path,) = site.cache.glob("*/images-*.npy")
+    (index_path,) = site.cache.glob("*/index.json")
+    content = bytearray(images_path.read_bytes())
+    content[-1 if damage == "flip" else 0] ^= 1
+    if damage in ("flip", "header"):
+        images_path.write_bytes(content)
+    elif damage == "cut":
+        images_path.write_bytes(content[:-1])
+    elif damage == "gone":
+        images_path.unlink()
+    else:
+        index_path.write_text("{")
+    after = opened(site)
+    assert {name: part.images.tobytes() for name, part in after.parts.items()} == before_bytes
+
+
+def test_another_preprocessing_has_a_cache_of_its_own(site: Site) -> None:
+    small = opened(site)
+    large = opened(site, preprocessing=ASKED.model_copy(update={"size": (16, 8), "channels": 3}))
+    assert large.parts["train"].images.shape[1:] == (3, 16, 8)
+    assert same(opened(site), small)
+    assert large.version == small.version
+
+
+def test_error_while_decoding_leaves_the_cache_usable(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = images.decode
+    calls: list[int] = []
+
+    def failing(content: bytes) -> images.Image:
+        calls.append(1)
+        if len(calls) == 7:
+            raise MemoryError
+        return decode(content)
+
+    monkeypatch.setattr(images, "decode", failing)
+    with pytest.raises(MemoryError):
+        opened(site)
+    assert opened(site).used == 60
+    assert len(list(site.cache.glob("*/images-*.npy"))) == 1
+
+
+def test_transient_refusal_is_not_kept(tmp_path: Path) -> None:
+    def first(position: int) -> np.ndarray:
+        if position == 1:
+            raise UnusableCase("too_slow")
+        return np.full((2,), position, np.uint8)
+
+    names = ["a", "b", "c"]
+    store = cache.open_store(tmp_path / "s", keys=names, shape=(2,), decode=first)
+    assert dict(store.refused) == {"b": "too_slow"} and store.images[:, 0].tolist() == [0, 2]
+    store = cache.open_store(
+        tmp_path / "s", keys=names, shape=(2,), decode=lambda n: np.full((2,), 9, np.uint8)
+    )
+    assert not store.refused and store.images[:, 0].tolist() == [0, 9, 2]
+
+
+def test_names_and_ids_are_in_the_private_folder_only(site: Site) -> None:
+    (site.directory / rows_of(30)[0][0]).write_bytes(b"not an image")
+    opened(site)
+    listed = frozen.read(site, secret=SECRET)
+    assert listed is not None
+    planted = [b"Patient", b".png", *(one.content.encode() for one in listed.cases)]
+    for path in (path for path in site.cache.rglob("*") if path.is_file()):
+        content = path.read_bytes() + path.name.encode()
+        assert not any(text in content for text in planted)
+        assert path.stat().st_mode & 0o077 == 0
+    for directory in (site.private, site.cache, *(path for path in site.cache.iterdir())):
+        assert directory.stat().st_mode & 0o777 == 0o700
+    assert all(path.stat().st_mode & 0o077 == 0 for path in site.private.iterdir())
+
+
+def test_split_and_patient_are_permanent(site: Site) -> None:
+    opened(site)
+    for change in ({"split": {"train": 0.6, "validation": 0.2, "test": 0.2}}, {"patient_is": "case"}):
+        (site.directory / "site.yaml").write_text(yaml.safe_dump({**SETTINGS, **change}))
+        changed = open_site(site.directory)
+        for action in (opened, freeze):
+            with pytest.raises(ConfigError, match=next(iter(change))):
+                action(changed)
+
+
+def test_another_key_or_an_edited_list_stops_the_site(site: Site) -> None:
+    opened(site)
+    key, path = site.private / "split.key", site.private / "cohort.json"
+    secret, content = key.read_text(), path.read_text()
+    key.write_text("ab" * 32)
+    with pytest.raises(StateError, match="split.key"):
+        opened(site)
+    key.write_text(secret)
+    assert opened(site).used == 60
+    for edited in (content.replace('"normal"', '"opacity"', 1), content[:-2], "[]"):
+        path.write_text(edited)
+        with pytest.raises(StateError):
+            freeze(site)
+
+
+def test_split_key_that_is_missing_damaged_or_readable_by_others_stops_the_site(site: Site) -> None:
+    key = site.private / "split.key"
+    key.chmod(0o644)
+    with pytest.raises(UserError, match="chmod"):
+        opened(site)
+    key.chmod(0o600)
+    key.write_text("abc")
+    with pytest.raises(DataError, match="64 hexadecimal"):
+        opened(site)
+    key.unlink()
+    with pytest.raises(UserError):
+        opened(site)
+
+
+def test_version_depends_on_the_secret(site: Site, tmp_path: Path) -> None:
+    other = make_site(tmp_path / "other", rows_of(30))
+    (other.private / "split.key").write_text("cd" * 32)
+    assert freeze(other).version != freeze(site).version
+
+
+def test_warm_start_is_fast_and_imports_no_decoder(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "large", rows_of(500))
+    opened(site)
+    program = f"""
+import sys, time
+from pathlib import Path
+from client.cohort import open_cohort
+from client.site import open_site
+from common.plan import Preprocessing
+site = open_site(Path({str(site.directory)!r}))
+asked = Preprocessing(channels=1, size=(8, 8), lower_percentile=0, upper_percentile=100)
+seconds = []
+for _ in range(5):
+    start = time.process_time()
+    assert open_cohort(site, preprocessing=asked, classes={CLASSES!r}).used == 1000
+    seconds.append(time.process_time() - start)
+assert not {{"monai", "pydicom", "nibabel", "PIL", "torch"}} & set(sys.modules)
+print(min(seconds))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.05
+
+
+def test_accepted_drops_the_first_of_contradictory_rows_once() -> None:
+    case = Case(image="a", label="x", patient="p")
+    again = Refused(image="a", code="contradictory_rows")
+    cases, refused = frozen.accepted([case, again, again])
+    assert cases == [] and len(refused) == 3

@@ -1,0 +1,272 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+
+from common import plan as plans
+from common.errors import ConfigError
+from common.plan import Plan, Value, canonical_json
+from tests.plans import plan
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """Returns the tree of a plan with one value set, whether the plan takes it or not."""
+    tree = plan().model_dump(mode="json")
+    *parents, key = path.split(".")
+    place = tree
+    for part in parents:
+        place = place[part]
+    place[key] = value
+    return tree
+
+
+def refusal(tree: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Plan.from_tree(tree)
+    return str(caught.value)
+
+
+def test_json_is_read_back_as_the_same_plan() -> None:
+    original = plan()
+    again = Plan.from_json(original.to_json())
+    assert again == original
+    assert again.to_json() == original.to_json()
+    assert again.hash == original.hash
+
+
+def test_hash_is_sha256_of_the_canonical_json() -> None:
+    text = plan().to_json()
+    assert plan().hash == hashlib.sha256(text.encode()).hexdigest()
+    assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
+
+
+def test_order_of_keys_and_kind_of_number_do_not_change_the_hash() -> None:
+    tree = plan().model_dump(mode="json")
+    backwards = dict(reversed(tree.items()))
+    backwards["reply_deadline_seconds"] = 600
+    assert Plan.from_tree(backwards).hash == plan().hash
+
+
+def test_every_changed_value_changes_the_hash() -> None:
+    hashes = {plan().hash, plan(seed=1).hash, plan(training__learning_rate=0.25).hash, plan(study="b").hash}
+    assert len(hashes) == 4
+
+
+JSON_TREES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(JSON_TREES)
+def test_canonical_json_is_ascii_and_reads_back(tree: Any) -> None:
+    text = canonical_json(tree)
+    assert text.isascii()
+    assert json.loads(text) == tree
+    assert canonical_json(json.loads(text)) == text
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_canonical_json_refuses_numbers_that_json_does_not_have(number: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        canonical_json({"a": number})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("rounds", 0),
+        ("rounds", "many"),
+        ("rounds", 2.5),
+        ("rounds", None),
+        ("seed", -1),
+        ("study", "Not A Name"),
+        ("study", "../up"),
+        ("randomness", "maybe"),
+        ("schema_version", 2),
+        ("classes", ["only"]),
+        ("classes", "normal"),
+        ("sites", 0),
+        ("quorum", 0),
+        ("reply_deadline_seconds", 0),
+        ("reply_deadline_seconds", math.inf),
+        ("reply_deadline_seconds", math.nan),
+        ("node_deadline_seconds", 31 * 86400),
+        ("grace_seconds", -1),
+        ("preprocessing.channels", 2),
+        ("preprocessing.lower_percentile", math.nan),
+        ("preprocessing.upper_percentile", 101),
+        ("training.local_steps", -1),
+        ("training.expected_batch", 0),
+        ("training.cases_per_patient", 0),
+        ("training.physical_batch", 0),
+        ("training.learning_rate", 0),
+        ("training.learning_rate", math.nan),
+        ("training.learning_rate", math.inf),
+        ("training.momentum", 1),
+        ("training.weight_decay", -0.1),
+        ("training.weight_decay", math.inf),
+        ("training.proximal_mu", math.nan),
+        ("evaluation.bins", 1),
+        ("evaluation.validation_every", -1),
+        ("evaluation.noise_multiplier", 0),
+        ("evaluation.noise_multiplier", math.nan),
+        ("strategy.name", "other"),
+        ("strategy.weights", "by size"),
+        ("strategy.server_learning_rate", 0),
+        ("strategy.update_bound", math.inf),
+        ("strategy.update_bound", 1025),
+    ],
+)
+def test_value_out_of_range_is_refused_in_one_line_that_names_the_key(path: str, value: Any) -> None:
+    message = refusal(changed(path, value))
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("privacy.dp_sgd.target_epsilon", 0),
+        ("privacy.dp_sgd.target_epsilon", math.nan),
+        ("privacy.dp_sgd.target_epsilon", math.inf),
+        ("privacy.dp_sgd.delta", 0),
+        ("privacy.dp_sgd.delta", 0.1),
+        ("privacy.dp_sgd.max_grad_norm", 0),
+        ("privacy.dp_sgd.max_grad_norm", math.inf),
+        ("privacy.dp_sgd.loss_bound", math.nan),
+        ("privacy.dp_sgd.loss_noise_ratio", 0.5),
+        ("model.cnn.groups", 0),
+        ("model.cnn.channels.0", 0),
+    ],
+)
+def test_value_of_a_chosen_kind_is_refused_under_its_key(path: str, value: Any) -> None:
+    tree = plan().model_dump(mode="json")
+    group, _, key, *index = path.split(".")
+    if index:
+        tree[group][key][0] = value
+    else:
+        tree[group][key] = value
+    message = refusal(tree)
+    assert message.startswith(f"{path}: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("path", ["colour", "training.batch", "evaluation.metric", "strategy.momentum"])
+def test_unknown_key_is_refused_by_name(path: str) -> None:
+    assert refusal(changed(path, 1)) == f"Unknown key '{path}'; see conf/ for the keys that exist."
+
+
+@pytest.mark.parametrize(
+    "path", ["seed", "training.momentum", "strategy.weights", "evaluation.noise_multiplier"]
+)
+def test_missing_key_is_refused_by_name(path: str) -> None:
+    tree = changed(path, None)
+    *parents, key = path.split(".")
+    place = tree
+    for part in parents:
+        place = place[part]
+    del place[key]
+    assert refusal(tree).startswith(f"{path}: field required")
+
+
+def test_several_problems_are_counted() -> None:
+    tree = changed("rounds", 0) | {"quorum": 0}
+    assert refusal(tree) == "rounds: input should be greater than or equal to 1, found 0 (and 1 more)."
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"quorum": 3}, "quorum <= sites"),
+        ({"classes": ("a", "a")}, "distinct classes"),
+        ({"strategy__weights": "examples"}, "strategy.weights=examples"),
+        ({"privacy": "none", "evaluation__noise_multiplier": 1.0}, "evaluation.noise_multiplier"),
+        ({"model": "article_cnn"}, "preprocessing.channels=3 preprocessing.size=[64,64]"),
+        (
+            {"model": "article_cnn", "preprocessing": "rgb64", "preprocessing__size": (28, 28)},
+            "preprocessing.size=[64,64]",
+        ),
+        ({"model": "article_cnn", "preprocessing": "rgb64", "classes": ("a", "b", "c")}, "two classes"),
+        ({"privacy__noise_multiplier": 1.0}, "exactly one of target_epsilon and noise_multiplier"),
+        ({"privacy__target_epsilon": None}, "exactly one of target_epsilon and noise_multiplier"),
+        ({"model__channels": (12, 16)}, "divisible by groups=8"),
+        ({"preprocessing__lower_percentile": 99.0}, "lower_percentile < upper_percentile"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(**changes)
+    assert named in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_exact_weights_are_taken_without_privacy() -> None:
+    assert plan(privacy="none", strategy__weights="examples").strategy.weights == "examples"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "null", "[]", "1", '"plan"'])
+def test_text_that_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Plan.from_json(text)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_json_with_a_number_that_is_not_finite_is_refused(constant: str) -> None:
+    text = plan().to_json().replace('"learning_rate":0.5', f'"learning_rate":{constant}')
+    assert constant in text
+    with pytest.raises(ConfigError, match=r"^training\.learning_rate: "):
+        Plan.from_json(text)
+
+
+def test_plan_cannot_be_changed() -> None:
+    frozen = plan()
+    with pytest.raises(ValueError, match="frozen"):
+        frozen.rounds = 5
+    with pytest.raises(ValueError, match="frozen"):
+        frozen.training.local_steps = 5
+
+
+def models_of(module: Any) -> list[type[BaseModel]]:
+    members = [member for member in vars(module).values() if isinstance(member, type)]
+    return [member for member in members if issubclass(member, Value) and member is not Value]
+
+
+@pytest.mark.parametrize("model", models_of(plans), ids=lambda model: model.__name__)
+def test_no_field_of_a_plan_has_a_default(model: type[BaseModel]) -> None:
+    assert model.model_fields
+    assert [name for name, field in model.model_fields.items() if not field.is_required()] == []
+
+
+def test_defaults_of_every_part_of_the_plan_are_looked_for() -> None:
+    found = {model.__name__ for model in models_of(plans)}
+    chosen = {
+        kind.__name__ for union in (plans.Model, plans.Privacy) for kind in get_args(get_args(union)[0])
+    }
+    assert chosen | {"Plan", "Training", "Preprocessing", "Evaluation", "FedAvg"} == found
+
+
+@pytest.mark.parametrize(
+    ("rounds", "every", "expected"),
+    [(6, 2, (2, 4, 6)), (5, 2, (2, 4)), (3, 4, ()), (4, 1, (1, 2, 3, 4)), (5, 0, ())],
+)
+def test_validation_follows_every_so_many_rounds(rounds: int, every: int, expected: tuple[int, ...]) -> None:
+    assert plan(rounds=rounds, evaluation__validation_every=every).validation_rounds == expected
+
+
+def test_steps_are_counted_over_all_rounds() -> None:
+    assert plan(rounds=7, training__local_steps=3).num_steps == 21
+
+
+@pytest.mark.parametrize(("classes", "outputs"), [(("a", "b"), 1), (("a", "b", "c"), 3)])
+def test_two_classes_have_one_output_and_more_have_one_each(classes: tuple[str, ...], outputs: int) -> None:
+    assert plan(classes=classes).num_outputs == outputs

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from common.errors import StateError
+from common.exchange import Prepared
+from server import checkpoint
+from server.checkpoint import Attendance, RoundRecord, RunState
+
+PREPARED = Prepared(
+    site="a",
+    status="approved",
+    reason="",
+    role="training",
+    data="private",
+    nominal_patients=10,
+    patient_is="column",
+    parts=("train", "test"),
+    noise_multiplier=1.5,
+    feverfew="0.1",
+)
+
+
+def state(server_round: int = 3) -> RunState:
+    return RunState(
+        run="r",
+        plan_hash="h",
+        server_round=server_round,
+        parameters=np.arange(5, dtype=np.float32) / 3,
+        started="2026-01-01T00:00:00+00:00",
+        rounds=(
+            RoundRecord(server_round=1, seconds=0.5, sites_asked=2, sites_valid=2, train_loss=None),
+            RoundRecord(
+                server_round=2,
+                seconds=0.5,
+                sites_asked=2,
+                sites_valid=1,
+                train_loss=0.7,
+                auroc=0.9,
+                auroc_interval=(0.8, 0.95),
+            ),
+        ),
+        sites={"a": PREPARED},
+        attendance={"a": Attendance(valid=2, evaluations=("test",)).with_problem("missing")},
+    )
+
+
+def saved(directory: Path) -> RunState | None:
+    return checkpoint.latest(directory, run="r", plan_hash="h")
+
+
+def test_nothing_saved_gives_none(tmp_path: Path) -> None:
+    assert saved(tmp_path) is None
+
+
+def test_a_state_comes_back_equal_bit_for_bit(tmp_path: Path) -> None:
+    checkpoint.save_state(tmp_path, state())
+    found = saved(tmp_path)
+    assert found is not None
+    assert found.parameters.tobytes() == state().parameters.tobytes()
+    for name in ("run", "plan_hash", "server_round", "started", "rounds", "sites", "attendance"):
+        assert getattr(found, name) == getattr(state(), name)
+
+
+def test_the_newest_of_several_is_loaded_and_two_are_kept(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        checkpoint.save_state(tmp_path, state(number))
+    found = saved(tmp_path)
+    assert found is not None and found.server_round == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002", "000003"]
+
+
+@pytest.mark.parametrize("name", ["parameters.safetensors", "state.json"])
+@pytest.mark.parametrize("how", ["cut", "flipped", "gone"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path: Path, name: str, how: str) -> None:
+    checkpoint.save_state(tmp_path, state(1))
+    checkpoint.save_state(tmp_path, state(2))
+    path = tmp_path / "000002" / name
+    data = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(data[: len(data) // 2] if how == "cut" else bytes([data[0] ^ 1]) + data[1:])
+    found = saved(tmp_path)
+    assert found is not None and found.server_round == 1
+
+
+def test_only_damaged_checkpoints_are_an_error_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    checkpoint.save_state(tmp_path, state(1))
+    (tmp_path / "000001" / "state.json").write_text("{")
+    with pytest.raises(StateError, match="only damaged"):
+        saved(tmp_path)
+    assert (tmp_path / "000001" / "parameters.safetensors").exists()
+
+
+def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
+    checkpoint.save_state(tmp_path, state(1))
+    with pytest.raises(StateError, match="another plan"):
+        checkpoint.latest(tmp_path, run="r", plan_hash="other")
+
+
+def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
+    checkpoint.save_state(tmp_path, state(1))
+    (tmp_path / ".000002.77").mkdir()
+    found = saved(tmp_path)
+    assert found is not None and found.server_round == 1

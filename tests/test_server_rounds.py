@@ -1,0 +1,371 @@
+"""The round loop against sites that misbehave in every way that was seen to break Flower's own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+
+from common import exchange, model
+from common.errors import QuorumNotReached
+from common.exchange import Prepared, Scored, Task, Update
+from common.plan import Plan
+from common.trail import Trail, read
+from server import app, checkpoint
+from server.checkpoint import RunState
+from server.report import Report
+from server.rounds import Rounds
+from server.strategy import FedAvg
+from tests.grid import Behaviour, InlineGrid
+from tests.plans import plan as make_plan
+
+Edit = Callable[[RecordDict, Message], RecordDict | Message | None]
+
+
+def tiny_plan(**changes: Any) -> Plan:
+    base: dict[str, Any] = {
+        "rounds": 2,
+        "sites": 4,
+        "quorum": 2,
+        "node_deadline_seconds": 1,
+        "reply_deadline_seconds": 1,
+        "evaluation__validation_every": 0,
+        "evaluation__test_at_end": False,
+        "strategy__weights": "equal",
+        "privacy": "none",
+        "preprocessing": "grey28",
+    }
+    return make_plan(**{**base, **changes})
+
+
+def site(plan: Plan, name: str, step: float, *, edit: Edit | None = None, **facts: Any) -> Behaviour:
+    """A site that answers as the installed one does, its update all ``step``; ``edit`` misbehaves."""
+
+    def behave(message: Message) -> Message | None:
+        task = exchange.read_task(message.content)
+        record = _answer(plan, task, name, step, facts)
+        edited: RecordDict | Message | None = record
+        if edit is not None and task.purpose == "train":
+            edited = edit(record, message)
+        if edited is None or isinstance(edited, Message):
+            return edited
+        return Message(edited, reply_to=message)
+
+    return behave
+
+
+def _answer(plan: Plan, task: Task, name: str, step: float, facts: dict[str, Any]) -> RecordDict:
+    if task.purpose == "prepare":
+        fields = {
+            "site": name,
+            "status": "approved",
+            "reason": "",
+            "role": "training",
+            "data": "private",
+            "nominal_patients": 10,
+            "patient_is": "column",
+            "parts": ("train", "validation", "test"),
+            "noise_multiplier": 0.0,
+            "feverfew": "0",
+        }
+        return exchange.prepared_record(Prepared(**{**fields, **facts}))
+    if task.purpose == "train":
+        values = np.full(task.parameters.shape, step, dtype=np.float32)
+        update = Update(server_round=task.server_round, values=values, weight=1.0, train_loss=1.0)
+        return exchange.update_record(update)
+    if task.purpose == "evaluate":
+        arrays = {
+            "scores": np.array([[0.2], [0.9]], dtype=np.float32),
+            "targets": np.array([[0], [1]], dtype=np.int8),
+            "weights": np.ones(2),
+        }
+        return exchange.scored_record(
+            Scored(server_round=task.server_round, part=task.part, arrays=arrays, noise_std=0.0)
+        )
+    return exchange.delivered_record()
+
+
+def run(plan: Plan, nodes: dict[str, Behaviour], directory: Path) -> Rounds:
+    start = model.flatten(model.build(plan))
+    state = RunState(
+        run="r", plan_hash=plan.hash, server_round=0, parameters=start, started="2026-01-01T00:00:00+00:00"
+    )
+    rounds = Rounds(
+        InlineGrid(nodes),
+        plan=plan,
+        state=state,
+        strategy=lambda of: FedAvg(nodes=of, bound=plan.strategy.update_bound, ttl_seconds=60),
+        trail=Trail(directory / "events.jsonl"),
+        save=lambda state: checkpoint.save_state(directory / "checkpoints", state),
+    )
+    rounds.run()
+    return rounds
+
+
+def moved(rounds: Rounds, plan: Plan) -> np.ndarray[Any, Any]:
+    return rounds.state.parameters - model.flatten(model.build(plan))
+
+
+def test_the_model_moves_by_the_mean_update_of_every_round(tmp_path: Path) -> None:
+    plan = tiny_plan()
+    nodes = {f"s{i}": site(plan, f"s{i}", step) for i, step in enumerate([0.5, 0.25, 0.125, 0.125])}
+    rounds = run(plan, nodes, tmp_path)
+    np.testing.assert_allclose(moved(rounds, plan), 2 * 0.25, atol=1e-6)
+    assert [entry.sites_valid for entry in rounds.state.rounds] == [4, 4]
+
+
+def test_server_learning_rate_scales_the_mean_update(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"strategy__server_learning_rate": 0.5, "rounds": 1})
+    nodes = {f"s{i}": site(plan, f"s{i}", 0.5) for i in range(4)}
+    np.testing.assert_allclose(moved(run(plan, nodes, tmp_path), plan), 0.25, atol=1e-6)
+
+
+def _raises(record: RecordDict, message: Message) -> Message:
+    return Message(Error(code=2, reason="<class 'RuntimeError'>:<patient 4711>"), reply_to=message)
+
+
+def _dies(record: RecordDict, message: Message) -> Message:
+    return Message(Error(code=8, reason="worker_died"), reply_to=message)
+
+
+def _edited(record: RecordDict, name: str, array: Array) -> RecordDict:
+    return RecordDict({**record, "arrays": ArrayRecord({name: array})})
+
+
+def _with_metrics(record: RecordDict, **fields: float) -> RecordDict:
+    known = dict(record.metric_records["metrics"])
+    return RecordDict({**record, "metrics": MetricRecord({**known, **fields})})
+
+
+def _values(record: RecordDict) -> np.ndarray[Any, Any]:
+    return np.asarray(record.array_records["arrays"]["update"].numpy())
+
+
+MISBEHAVIOUR: dict[str, tuple[Edit, str]] = {
+    "raises": (_raises, "error_2"),
+    "dies": (_dies, "error_8"),
+    "refuses": (lambda r, m: exchange.refusal_record("budget_exceeded"), "refused_budget_exceeded"),
+    "refuses with text": (lambda r, m: exchange.refusal_record("Mr Smith /data/x.dcm"), "refused"),
+    "NaN": (lambda r, m: _edited(r, "update", Array(_values(r) * np.float32("nan"))), "non_finite"),
+    "infinity": (lambda r, m: _edited(r, "update", Array(_values(r) * np.float32("inf"))), "non_finite"),
+    "wrong shape": (lambda r, m: _edited(r, "update", Array(_values(r)[:-1])), "shape"),
+    "two-dimensional": (lambda r, m: _edited(r, "update", Array(_values(r)[None])), "shape"),
+    "lying shape": (
+        lambda r, m: _edited(r, "update", _lying(_values(r))),
+        "shape",
+    ),
+    "float64": (lambda r, m: _edited(r, "update", Array(_values(r).astype(np.float64))), "dtype"),
+    "other key": (lambda r, m: _edited(r, "weights", Array(_values(r))), "records"),
+    "no metrics": (lambda r, m: RecordDict({"arrays": r["arrays"]}), "records"),
+    "extra record": (lambda r, m: RecordDict({**r, "more": ConfigRecord({"patient": "x"})}), "records"),
+    "extra metric": (lambda r, m: _with_metrics(r, **{"num-examples": 3}), "records"),
+    "negative weight": (lambda r, m: _with_metrics(r, weight=-10), "weight"),
+    "zero weight": (lambda r, m: _with_metrics(r, weight=0), "weight"),
+    "huge weight": (lambda r, m: _with_metrics(r, weight=1e12), "weight"),
+    "NaN weight": (lambda r, m: _with_metrics(r, weight=float("nan")), "non_finite"),
+    "other round": (lambda r, m: _with_metrics(r, **{"server-round": 7}), "server_round"),
+    "out of bound": (lambda r, m: _edited(r, "update", Array(_values(r) + np.float32(1e3))), "out_of_bound"),
+    "silent": (lambda r, m: None, "missing"),
+}
+
+
+def _lying(values: np.ndarray[Any, Any]) -> Array:
+    honest = Array(np.zeros(3, dtype=np.float32))
+    return Array(dtype="float32", shape=tuple(values.shape), stype=honest.stype, data=honest.data)
+
+
+@pytest.mark.parametrize("kind", MISBEHAVIOUR)
+def test_a_site_that_misbehaves_is_left_out_and_named_and_the_run_completes(
+    kind: str, tmp_path: Path
+) -> None:
+    edit, code = MISBEHAVIOUR[kind]
+    plan = tiny_plan(**{"sites": 3, "reply_deadline_seconds": 0.3})
+    nodes = {
+        "good-a": site(plan, "good-a", 0.5),
+        "good-b": site(plan, "good-b", 0.25),
+        "bad": site(plan, "bad", 1.0, edit=edit),
+    }
+    rounds = run(plan, nodes, tmp_path)
+    np.testing.assert_allclose(moved(rounds, plan), 2 * 0.375, atol=1e-6)
+    assert rounds.state.attendance["bad"].problems == {code: 2}
+    assert rounds.state.attendance["bad"].valid == 0
+    told = (tmp_path / "events.jsonl").read_text()
+    assert "4711" not in told and "Smith" not in told
+
+
+def test_every_site_failing_raises_quorum_not_reached_and_keeps_the_last_good_model(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"sites": 2})
+
+    def fails_later(record: RecordDict, message: Message) -> RecordDict | Message:
+        return record if message.metadata.group_id == "1" else _raises(record, message)
+
+    nodes = {name: site(plan, name, 0.5, edit=fails_later) for name in ("a", "b")}
+    with pytest.raises(QuorumNotReached, match="found 0 of 2 asked; a: error_2; b: error_2"):
+        run(plan, nodes, tmp_path)
+    kept = checkpoint.latest(tmp_path / "checkpoints", run="r", plan_hash=plan.hash)
+    assert kept is not None and kept.server_round == 1
+    np.testing.assert_allclose(kept.parameters - model.flatten(model.build(plan)), 0.5, atol=1e-6)
+
+
+def test_a_missed_quorum_leaves_a_report_that_tells_it(tmp_path: Path, monkeypatch: Any) -> None:
+    plan = tiny_plan(**{"sites": 2})
+    nodes = {"a": site(plan, "a", 0.5), "b": site(plan, "b", 0.5, edit=_dies)}
+    with pytest.raises(QuorumNotReached):
+        app.coordinate(InlineGrid(nodes), plan, run="r", directory=tmp_path, engine="test")
+    report = Report.read(tmp_path)
+    assert report.status == "quorum_not_reached"
+    assert report.participation["b"].story == "trained 0 of 0 rounds; 1 x error_8"
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_waiting_for_sites_ends_at_the_node_deadline(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"sites": 9, "node_deadline_seconds": 0.2})
+    nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
+    start = time.monotonic()
+    rounds = run(plan, nodes, tmp_path)
+    assert time.monotonic() - start < 5
+    assert [entry.sites_asked for entry in rounds.state.rounds] == [2, 2]
+
+
+def test_a_reply_after_the_deadline_is_counted_as_late_and_never_averaged(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"sites": 3, "reply_deadline_seconds": 0.3})
+    rounds_begun: set[str] = set()
+
+    def remember(record: RecordDict, message: Message) -> RecordDict:
+        rounds_begun.add(message.metadata.group_id)
+        return record
+
+    def late_in_round_one(record: RecordDict, message: Message) -> RecordDict | None:
+        return record if "2" in rounds_begun else None
+
+    nodes = {
+        "a": site(plan, "a", 0.5, edit=remember),
+        "b": site(plan, "b", 0.5),
+        "slow": site(plan, "slow", 8.0, edit=late_in_round_one),
+    }
+    rounds = run(plan, nodes, tmp_path)
+    seen = rounds.state.attendance["slow"]
+    assert (seen.late, seen.missing, seen.valid) == (1, 1, 1)
+    np.testing.assert_allclose(moved(rounds, plan), 0.5 + (0.5 + 0.5 + 8.0) / 3, atol=1e-5)
+
+
+def test_a_task_that_flower_lost_is_pushed_again(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"sites": 2, "rounds": 1, "reply_deadline_seconds": 5})
+    lost: list[bool] = []
+
+    def lost_once(record: RecordDict, message: Message) -> RecordDict | Message:
+        if lost:
+            return record
+        lost.append(True)
+        return Message(Error(code=5, reason="Node Unavailable"), reply_to=message)
+
+    nodes = {"a": site(plan, "a", 0.5), "b": site(plan, "b", 0.25, edit=lost_once)}
+    rounds = run(plan, nodes, tmp_path)
+    assert rounds.state.rounds[0].sites_valid == 2
+
+
+def test_a_site_that_is_not_approved_is_never_asked_to_train(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"sites": 3, "rounds": 1})
+    asked: list[str] = []
+
+    def remember(record: RecordDict, message: Message) -> RecordDict:
+        asked.append("waiting")
+        return record
+
+    nodes = {
+        "a": site(plan, "a", 0.5),
+        "b": site(plan, "b", 0.5),
+        "c": site(plan, "c", 0.5, edit=remember, status="waiting", reason="not_approved"),
+    }
+    rounds = run(plan, nodes, tmp_path)
+    assert not asked
+    assert rounds.state.rounds[0].sites_asked == 2
+    assert rounds.state.sites["c"].reason == "not_approved"
+
+
+def test_a_site_that_claims_another_name_is_not_admitted(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"sites": 3, "rounds": 1})
+    nodes = {
+        "a": site(plan, "a", 0.5),
+        "b": site(plan, "b", 0.5),
+        "c": site(plan, "a", 8.0),
+    }
+    rounds = run(plan, nodes, tmp_path)
+    np.testing.assert_allclose(moved(rounds, plan), 0.5, atol=1e-6)
+    codes = [e["code"] for e in read(tmp_path / "events.jsonl") if e["event"] == "site_rejected"]
+    assert codes == ["other_name"]
+
+
+def test_a_newcomer_joins_at_the_next_round(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"sites": 2, "rounds": 2})
+    grid_nodes = {"a": site(plan, "a", 0.5), "b": site(plan, "b", 0.5)}
+    grid = InlineGrid(grid_nodes)
+    start = model.flatten(model.build(plan))
+    state = RunState(
+        run="r", plan_hash=plan.hash, server_round=0, parameters=start, started="2026-01-01T00:00:00+00:00"
+    )
+
+    def save(state: RunState) -> None:
+        grid.names[9], grid.behaviours[9] = "late", site(plan, "late", 0.5)
+
+    rounds = Rounds(
+        grid,
+        plan=plan,
+        state=state,
+        strategy=lambda of: FedAvg(nodes=of, bound=16.0, ttl_seconds=60),
+        trail=Trail(tmp_path / "events.jsonl"),
+        save=save,
+    )
+    rounds.run()
+    assert [entry.sites_asked for entry in rounds.state.rounds] == [2, 3]
+
+
+def test_replies_are_pulled_one_at_a_time(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"sites": 4, "rounds": 1})
+    grid = InlineGrid({f"s{i}": site(plan, f"s{i}", 0.5) for i in range(4)})
+    app.coordinate(grid, plan, run="r", directory=tmp_path, engine="test")
+    assert grid.largest_batch == 1
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"rounds": 4, "sites": 2})
+
+    def nodes(dies_in: str) -> dict[str, Behaviour]:
+        def edit(record: RecordDict, message: Message) -> RecordDict | Message:
+            values = _values(record) * np.float32(0.1) * np.float32(message.metadata.group_id)
+            good = _edited(record, "update", Array(values.astype(np.float32)))
+            return _dies(record, message) if message.metadata.group_id == dies_in else good
+
+        return {name: site(plan, name, step, edit=edit) for name, step in (("a", 0.3), ("b", 0.7))}
+
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    app.coordinate(InlineGrid(nodes("never")), plan, run="r", directory=whole, engine="test")
+    with pytest.raises(QuorumNotReached):
+        app.coordinate(InlineGrid(nodes("3")), plan, run="r", directory=broken, engine="test")
+    grid = InlineGrid(nodes("never"))
+    app.coordinate(grid, plan, run="r", directory=broken, engine="test")
+    assert {m.metadata.group_id for m in grid.pushed if m.metadata.message_type == "train"} == {"3", "4"}
+    assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
+    assert [entry.round for entry in Report.read(broken).rounds] == [1, 2, 3, 4]
+
+
+def test_evaluation_merges_the_sites_scores(tmp_path: Path) -> None:
+    plan = tiny_plan(
+        **{
+            "sites": 2,
+            "rounds": 2,
+            "evaluation__validation_every": 1,
+            "evaluation__test_at_end": True,
+        }
+    )
+    grid = InlineGrid({name: site(plan, name, 0.0) for name in ("a", "b")})
+    app.coordinate(grid, plan, run="r", directory=tmp_path, engine="test")
+    report = Report.read(tmp_path)
+    assert [entry.auroc for entry in report.rounds] == [1.0, 1.0]
+    assert report.final.auroc == 1.0 and set(report.final.per_site) == {"a", "b"}
+    assert report.privacy.unit == "none" and report.privacy.max_epsilon is None
