@@ -41,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
 
     check = verbs.add_parser("check", help="say what of this site would be used, and what is wrong")
     check.add_argument("directory", type=Path)
+    check.add_argument("--plan", type=Path, help="for this plan (default: usual preprocessing, all labels)")
+    check.add_argument("--freeze", action="store_true", help="take the data as they are now as the cohort")
+    check.add_argument("--json", action="store_true", help="print JSON instead of tables")
     check.set_defaults(verb=_check)
 
     rehearse = verbs.add_parser(
@@ -84,9 +87,19 @@ def _known_name(directory: Path) -> str:
 
 def _check(arguments: argparse.Namespace) -> int:
     # Imported here: the daemon, which shares this file, does not need what it brings.
-    from client import check
+    from client import check, inspection
 
-    return int(check.report(open_site(arguments.directory)) or 0)
+    site = open_site(arguments.directory)
+    plan = None if arguments.plan is None else _plan(arguments.plan)
+    return check.report(
+        site,
+        preprocessing=inspection.usual_preprocessing() if plan is None else plan.preprocessing,
+        classes=inspection.labels(site) if plan is None else plan.classes,
+        budget=inspection.budget_line(site),
+        connection=inspection.connection_line(site),
+        freeze=arguments.freeze,
+        as_json=arguments.json,
+    )
 
 
 def _rehearse(arguments: argparse.Namespace) -> int:

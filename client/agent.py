@@ -190,7 +190,7 @@ class Agent:
             run_config=dict(config),
         )
         reply = self.worker.call(message, context, timeout_seconds=meta.ttl)
-        outcome = f"error: {reply.error.reason}" if reply.has_error() else "done"
+        outcome = f"error: {reply.error.reason}" if reply.has_error() else "answered"
         if not self._send(reply):
             outcome += ", but not delivered"
         logger.info(

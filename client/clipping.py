@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,10 @@ class PrivateGradient:
 
     def accumulate(self, batch: Batch) -> float:
         losses = case_losses(self._hooked(batch.images), batch.targets)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        with warnings.catch_warnings():
+            # true of every first layer, since images need no gradient; the hooks need none of them either
+            warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
+            losses.sum().backward()  # type: ignore[no-untyped-call]
         rows = [patient_means(parameter.grad_sample, batch) for parameter in self._optimizer.params]
         for parameter, row in zip(self._optimizer.params, finite_patients(rows), strict=True):
             parameter.grad_sample = row

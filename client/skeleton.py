@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from pathlib import Path
 
@@ -49,6 +50,7 @@ max_repeats: 2
 threads: 1
 """
 
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 CASES = "image,label,patient_id\n"
 
 
@@ -101,5 +103,5 @@ def _check_name(directory: Path, *, name: str) -> None:
             raise UserError(
                 f"Expected the site {name} in {directory}, found {known}; choose another directory."
             )
-    elif not name.replace("-", "").isalnum() or not name.isascii() or name != name.lower() or len(name) > 40:
+    elif not NAME.fullmatch(name):
         raise ConfigError(f"Expected a name of a-z, 0-9 and '-' (40 at most), found {name!r}.")

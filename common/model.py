@@ -24,13 +24,27 @@ def build(plan: Plan) -> nn.Module:
     in-place operation: nothing mixes patients and nothing draws from torch's generators.
 
     Raises:
-        ConfigError: DP-SGD cannot train the network; says which layer and why.
+        ConfigError: DP-SGD cannot train the network; says which layer and why. Or the images are too small.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(plan.seed % 2**63)
+        torch.manual_seed(plan.seed)
         network = _BUILDERS[plan.model.name](plan)
         network = trainable_privately(network)
+    _check_size(network, plan)
     return network
+
+
+def _check_size(network: nn.Module, plan: Plan) -> None:
+    """Tries one image, since pooling may leave nothing of a small one; no site is to find out later."""
+    asked = plan.preprocessing
+    try:
+        with torch.no_grad():
+            network(torch.zeros(1, asked.channels, *asked.size))
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(
+            f"Expected images that model={plan.model.name} can take, found preprocessing.size="
+            f"{list(asked.size)} ({str(error).splitlines()[0]}); choose a larger preprocessing.size."
+        ) from None
 
 
 def trainable_privately(network: nn.Module) -> nn.Module:

@@ -151,7 +151,7 @@ class Plan(Value):
     study: Name
     classes: Classes
     randomness: Literal["secure", "seeded"]
-    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]  # torch drops what is above 32 bits
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     sites: Annotated[int, Field(ge=1, le=100_000)]
     quorum: Annotated[int, Field(ge=1, le=100_000)]

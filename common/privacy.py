@@ -110,7 +110,7 @@ def _gaussian_delta(mu: float, eps: float) -> float:
 
 
 def _normal_cdf(x: float) -> float:
-    """By erfc: far out on the left ``statistics.NormalDist`` is a multiple of 6e-17, too coarse for exp(eps)."""
+    """By erfc: far out ``statistics.NormalDist`` has steps of 6e-17, too coarse to take times exp(eps)."""
     return math.erfc(-x / math.sqrt(2)) / 2
 
 
@@ -169,8 +169,9 @@ def noise_multiplier(*, target_epsilon: float, delta: float, sample_rate: float,
         if high > _LARGEST_NOISE_MULTIPLIER:
             raise PrivacyTargetError(
                 f"Expected a reachable privacy target, found target_epsilon={target_epsilon} at "
-                f"delta={delta} with sample rate {sample_rate:.3g} and {steps} steps, which no noise multiplier up to "
-                f"{_LARGEST_NOISE_MULTIPLIER:.0f} gives; raise target_epsilon or lower rounds or local_steps."
+                f"delta={delta} with sample rate {sample_rate:.3g} and {steps} steps, which no noise "
+                f"multiplier up to {_LARGEST_NOISE_MULTIPLIER:.0f} gives; raise target_epsilon or lower "
+                "rounds or local_steps."
             )
     low *= 0.5  # the tighter accountant may need less than the RDP bracket says
     return math.ceil(_bisect(cost, low=low, high=high, target=target_epsilon) * 1e4) / 1e4

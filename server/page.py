@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from server import figures
-
 if TYPE_CHECKING:
     from server.report import Report
 
@@ -26,6 +24,8 @@ STATUS_WORDS = {
 
 def render(report: Report) -> str:
     """Returns the whole page as text; everything that comes from outside is escaped."""
+    from server import figures  # matplotlib takes half a second to import
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,

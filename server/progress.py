@@ -23,6 +23,7 @@ class Progress:
         )
         self._rounds = self._bars.add_task("waiting for sites", total=num_rounds)
         self._steps: Any = None
+        self._asked: object = "?"
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -44,23 +45,34 @@ class Progress:
         """Takes an event: the bar moves with rounds, failures stay above it as lines of their own."""
         match event:
             case {"event": "round_finished", "round": int(done), **more}:
-                self._bars.update(self._rounds, completed=done, description=_summary(more))
-            case {"event": "round_started", "round": int(number)}:
+                self._bars.update(self._rounds, completed=done, description=self._summary(more))
+            case {"event": "round_started", "round": int(number), **more}:
+                self._asked = more.get("sites", "?")
                 self._bars.update(self._rounds, description=f"round {number} is under way")
             case {"event": "run_finished"}:
                 self._bars.update(self._rounds, description="finished")
-            case {"event": "run_failed", **more}:
-                self._bars.update(self._rounds, description="failed")
-                self._bars.console.print(f"failed: {more.get('reason', 'see the events')}", markup=False)
-            case {"event": "reply", "site": site, "reason": str(reason)} if reason:
-                self._bars.console.print(f"{site}: {reason}", markup=False)
+            case {"event": "run_failed", "status": status}:
+                self._bars.update(self._rounds, description=f"failed: {status}")
+            case {"event": "site_prepared", "site": site, "status": str(status), "reason": reason}:
+                if status != "approved":
+                    self._tell(f"{site} does not take part: {status} {reason}")
+            case {"event": "site_rejected", "site": site, "code": code}:
+                self._tell(f"{site} does not take part: {code}")
+            case {"event": "reply_rejected", "site": site, "code": code, "round": number}:
+                self._tell(f"round {number}: no valid reply of {site}: {code}")
+            case {"event": "reply_late", "site": site, "round": number}:
+                self._tell(f"round {number}: {site} was too late")
+            case {"event": "quorum_not_reached", "message": message}:
+                self._tell(str(message))
 
+    def _tell(self, line: str) -> None:
+        self._bars.console.print(line, markup=False, highlight=False)
 
-def _summary(fields: dict[str, Any]) -> str:
-    parts = []
-    if "sites_valid" in fields:
-        parts.append(f"{fields['sites_valid']} of {fields.get('sites_asked', '?')} sites")
-    for key, name in (("train_loss", "loss"), ("auroc", "AUROC")):
-        if isinstance(fields.get(key), float):
-            parts.append(f"{name} {fields[key]:.3f}")
-    return ", ".join(parts)
+    def _summary(self, fields: dict[str, Any]) -> str:
+        parts = []
+        if "sites_valid" in fields:
+            parts.append(f"{fields['sites_valid']} of {self._asked} sites")
+        for key, name in (("train_loss", "loss"), ("auroc", "AUROC")):
+            if isinstance(fields.get(key), float):
+                parts.append(f"{name} {fields[key]:.3f}")
+        return ", ".join(parts)

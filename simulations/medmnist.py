@@ -52,8 +52,8 @@ def divide_by_label(
 ) -> list[NDArray[np.int64]]:
     """Returns the cases of each site; each class is spread by its own Dirichlet(``alpha``) proportions.
 
-    Small ``alpha`` gives sites that differ much, in size too. Proportions are drawn again until every site has
-    ``min_cases``.
+    Small ``alpha`` gives sites that differ much, in size too. Proportions are drawn again until every site
+    has ``min_cases``.
 
     Raises:
         DataError: no draw had ``min_cases`` at every site.
@@ -94,7 +94,9 @@ def _arrays(file: Path, *, names: list[str]) -> dict[str, NDArray[Any]]:
                 raise DataError(f"Expected the array {missing[0]} in {file}, found none; {REMEDY}.")
             return {name: archive[name] for name in names}
     except (zipfile.BadZipFile, ValueError, OSError, EOFError, TypeError) as error:
-        raise DataError(f"Expected a MedMNIST .npz file, found {file} unreadable ({error}); {REMEDY}.") from None
+        raise DataError(
+            f"Expected a MedMNIST .npz file, found {file} unreadable ({error}); {REMEDY}."
+        ) from None
 
 
 def _part(file: Path, *, name: str, arrays: dict[str, NDArray[Any]], num_classes: int) -> Part:

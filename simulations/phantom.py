@@ -16,9 +16,10 @@ from pydicom.uid import (
     generate_uid,
 )
 
-from simulations.anatomy import NO_POINTS, Anatomy, Points, blur, density, line, random_pose, splat, to_pixels
+from simulations.anatomy import NO_POINTS, Anatomy, Points, random_pose
+from simulations.projection import blur, density, line, splat, to_pixels
 
-# Changes whenever the same numbers give other pixels or other headers; sites made by another version are remade.
+# Changes whenever the same numbers give other pixels or headers; sites of another version are remade.
 VERSION = 1
 
 CLASS_NAMES = ("normal", "opacity")
@@ -52,9 +53,9 @@ class Scanner:
         return round(self.field_mm / self.pixel_mm)
 
 
-# One site in turn each, so that four sites differ in everything that a reader has to get right, and so much in
-# contrast and field of view that a network trained at one site is worse at the others:
-# model, modality, photometric interpretation, bits stored, rescale slope and intercept, gamma, field of view (mm).
+# One site in turn each, so that four sites differ in everything that a reader has to get right, and so much
+# in contrast and field of view that a network trained at one site is worse at the others: model, modality,
+# photometric interpretation, bits stored, rescale slope and intercept, gamma, field of view (mm).
 _MODELS: tuple[tuple[str, Literal["DX", "CR"], Photometric, int, float, float, float, float], ...] = (
     ("Aster DR 200", "DX", "MONOCHROME2", 12, 1.0, 0.0, 1.0, 390.0),
     ("Borage CR 8", "CR", "MONOCHROME1", 8, 2.0, 30.0, 1.5, 360.0),
@@ -67,7 +68,9 @@ _MODELS: tuple[tuple[str, Literal["DX", "CR"], Photometric, int, float, float, f
 
 def random_scanner(rng: np.random.Generator, *, index: int, image_size: int) -> Scanner:
     """Draws the device of site number ``index``; ``image_size`` is what rows and columns are near to."""
-    model, modality, photometric, bits_stored, slope, intercept, gamma, field_mm = _MODELS[index % len(_MODELS)]
+    model, modality, photometric, bits_stored, slope, intercept, gamma, field_mm = _MODELS[
+        index % len(_MODELS)
+    ]
     return Scanner(
         model=model,
         modality=modality,
@@ -87,18 +90,16 @@ def random_scanner(rng: np.random.Generator, *, index: int, image_size: int) -> 
 def draw(anatomy: Anatomy, scanner: Scanner, rng: np.random.Generator) -> Pixels:
     """Takes one image of a patient.
 
-    Pose, exposure, noise and the things that lie on a patient differ from image to image, the anatomy does not.
+    Pose, exposure, noise and what lies on a patient differ from image to image, the anatomy does not.
 
     Returns:
-        Stored values, uint16, (scanner.size, scanner.size), below ``2 ** scanner.bits_stored``; of a MONOCHROME1
-        device low values are bright.
+        Stored values, uint16, (scanner.size, scanner.size), below ``2 ** scanner.bits_stored``; of a
+        MONOCHROME1 device low values are bright.
     """
     pose = random_pose(rng, scale=CHEST_MM / scanner.field_mm)
     size = scanner.size
     image = density(anatomy, pose=pose, size=size)
-    image += splat(
-        to_pixels(_objects(rng), pose=pose, size=size), size=size, blur_pixels=0.004 * size
-    )
+    image += splat(to_pixels(_objects(rng), pose=pose, size=size), size=size, blur_pixels=0.004 * size)
     image = blur(image, sigma_pixels=scanner.blur_mm / scanner.pixel_mm)
     exposure = np.exp(rng.normal(0.0, scanner.exposure_spread))
     # Dense parts let fewer photons through, so they are noisier.
@@ -147,11 +148,12 @@ def _digitise(image: NDArray[np.float32], *, scanner: Scanner) -> Pixels:
     if scanner.photometric == "MONOCHROME1":
         tone = 1 - tone
     greatest = 2**scanner.bits_stored - 1
-    return np.rint((0.06 + 0.88 * tone) * greatest).astype(np.uint16)
+    stored: Pixels = np.rint((0.06 + 0.88 * tone) * greatest).astype(np.uint16)
+    return stored
 
 
 def _objects(rng: np.random.Generator) -> Points:
-    """What lies on the patient in this image: a side marker, often ECG leads, sometimes a calcified nodule."""
+    """What lies on the patient in this image: a side marker, often ECG leads, sometimes calcifications."""
     points = [_side_marker(rng)]
     if rng.random() < 0.4:
         points += [_lead(rng) for _ in range(rng.integers(1, 4))]
@@ -166,7 +168,10 @@ def _side_marker(rng: np.random.Generator) -> Points:
     x, y = (0.80 if left else -0.88) + rng.normal(0, 0.02), rng.uniform(-0.85, -0.6)
     strokes = {
         True: [[(0, 0), (0, 0.09), (0.05, 0.09)]],
-        False: [[(0, 0.09), (0, 0), (0.045, 0.01), (0.045, 0.04), (0, 0.045)], [(0.015, 0.045), (0.05, 0.09)]],
+        False: [
+            [(0, 0.09), (0, 0), (0.045, 0.01), (0.045, 0.04), (0, 0.045)],
+            [(0.015, 0.045), (0.05, 0.09)],
+        ],
     }[left]
     return np.concatenate([line([(x + a, y + b) for a, b in stroke], weight=0.35) for stroke in strokes])
 
@@ -177,7 +182,11 @@ def _lead(rng: np.random.Generator) -> Points:
     end_x, end_y = float(rng.choice([-1.0, 1.0])), rng.uniform(-0.6, 0.9)
     middle = ((x + end_x) / 2, max(y, end_y) + rng.uniform(0.0, 0.25))
     t = np.linspace(0, 1, 24)[:, None]
-    curve = (1 - t) ** 2 * np.array([[x, y]]) + 2 * t * (1 - t) * np.array([middle]) + t**2 * np.array([[end_x, end_y]])
+    curve = (
+        (1 - t) ** 2 * np.array([[x, y]])
+        + 2 * t * (1 - t) * np.array([middle])
+        + t**2 * np.array([[end_x, end_y]])
+    )
     ring = [(x + 0.025 * np.cos(a), y + 0.025 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 12)]
     wire = line([(float(a), float(b)) for a, b in curve], weight=0.10)
     return np.concatenate([NO_POINTS, wire, line(ring, weight=0.25)])
@@ -228,7 +237,11 @@ def _describe_pixels(file: FileDataset, pixels: Pixels, *, scanner: Scanner) -> 
     file.HighBit = scanner.bits_stored - 1
     file.PixelRepresentation = 0
     file.PixelSpacing = file.ImagerPixelSpacing = [scanner.pixel_mm, scanner.pixel_mm]
-    file.RescaleSlope, file.RescaleIntercept, file.RescaleType = scanner.rescale_slope, scanner.rescale_intercept, "US"
+    file.RescaleSlope, file.RescaleIntercept, file.RescaleType = (
+        scanner.rescale_slope,
+        scanner.rescale_intercept,
+        "US",
+    )
     file.WindowCenter, file.WindowWidth = round((low + high) / 2, 1), round(max(high - low, 2.0), 1)
     file.VOILUTFunction = "LINEAR"
     file.PresentationLUTShape = "INVERSE" if scanner.photometric == "MONOCHROME1" else "IDENTITY"

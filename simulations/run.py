@@ -31,14 +31,17 @@ def _run() -> int:
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="simulation")
 def _simulate(config: DictConfig) -> None:
     tree = plain(config)
+    from simulations.hospitals import prepare_sites  # after Hydra's own exits, such as --help
+    from simulations.settings import num_sites, settings_of, source_of
+
+    settings, source = settings_of(tree), source_of(tree["data"])
+    if tree["plan"]["sites"] is None:
+        tree["plan"]["sites"] = num_sites(source)
     plan = plan_of(tree)
     _start_workers_early(plan)
-    from simulations.hospitals import prepare_sites  # torch takes seconds: not for --help or a typing error
-    from simulations.settings import settings_of, source_of
-    from simulations.simulation import show, simulate
+    from simulations.simulation import show, simulate  # torch takes seconds: not for a typing error
 
-    settings = settings_of(tree)
-    sites = prepare_sites(Path(settings.sites_directory), source=source_of(tree["data"]))
+    sites = prepare_sites(Path(settings.sites_directory), source=source)
     directory = Path(HydraConfig.get().runtime.output_dir)
     show(simulate(plan, sites, settings=settings, directory=directory), directory=directory)
 

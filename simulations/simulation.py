@@ -6,7 +6,6 @@ import os
 import secrets
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,8 @@ from server.progress import Progress
 from server.report import Report
 from server.summary import summary_table
 from simulations import engine
+from simulations.settings import Settings
 from simulations.watch import Watch
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a plan is simulated."""
-
-    engine: str
-    workers: int | None
-    state: str
-    resume: bool
 
 
 def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory: Path) -> Report:
@@ -53,12 +43,17 @@ def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory
             for site in opened:
                 shutil.rmtree(site.state, ignore_errors=True)
         os.environ["FEVERFEW_RUN_DIRECTORY"] = str(directory)
-        os.environ["FEVERFEW_ENGINE"] = settings.engine
+        os.environ["FEVERFEW_ENGINE"] = settings.engine.name
         console = Console(stderr=True)
         progress = Progress(num_rounds=plan.rounds, console=console)
         with Watch(progress, events=directory / "events.jsonl", sites=sites):
             engine.run(
-                plan, opened, run=run, name=settings.engine, workers=settings.workers, directory=directory
+                plan,
+                opened,
+                run=run,
+                name=settings.engine.name,
+                workers=settings.engine.workers,
+                directory=directory,
             )
         report = completed(Report.read(directory), opened, plan=plan, run=run)
     report.write(directory)

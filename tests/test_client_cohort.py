@@ -325,6 +325,7 @@ def test_transient_refusal_is_not_kept(tmp_path: Path) -> None:
 
 def test_names_and_ids_are_in_the_private_folder_only(site: Site) -> None:
     (site.directory / rows_of(30)[0][0]).write_bytes(b"not an image")
+    site.private.chmod(0o755)
     opened(site)
     listed = frozen.read(site, secret=SECRET)
     assert listed is not None

@@ -88,6 +88,7 @@ def test_canonical_json_refuses_numbers_that_json_does_not_have(number: float) -
         ("rounds", 2.5),
         ("rounds", None),
         ("seed", -1),
+        ("seed", 2**32),
         ("study", "Not A Name"),
         ("study", "../up"),
         ("randomness", "maybe"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,11 +18,15 @@ from typing import Any
 import httpx
 import pytest
 
+from client.site import open_site
+from common.plan import Plan
 from server import submission
 from server.home import Home, open_home
 from server.status import Status, status
 from server.submission import Outcome, Submission
-from server.supervisor import Identity, pid_file
+from server.supervisor import RUN_DIRECTORY, Identity, pid_file
+from simulations import engine
+from tests import plans, sites
 
 pytestmark = [
     pytest.mark.deployment,
@@ -38,6 +43,7 @@ from pathlib import Path
 from client.__main__ import _leave, _log_to
 from client.agent import open_agent
 from client.site import open_site
+from common.plan import Plan
 site = open_site(Path(sys.argv[1]))
 _log_to(site)
 signal.signal(signal.SIGTERM, _leave)
@@ -131,7 +137,8 @@ class Federation:
         self.spawn(name, sys.executable, "-c", AGENT, name)
 
     def add_site(self, name: str, *, enrolled: bool = True) -> None:
-        made = self.verb("feverfew-client", "init", name, "--nominal-patients", 100)
+        sites.write_site(self.directory / name, name=name, unsafe_allow_seeded_noise=True)
+        made = self.verb("feverfew-client", "init", name)
         assert made.returncode == 0, made.stderr
         if enrolled:
             key = f"{name}/private/site.pub"
@@ -315,3 +322,63 @@ def test_a_new_supervisor_ends_what_a_killed_one_has_left(federation: Federation
     fresh = federation.status.processes
     assert all(fresh[name] not in (None, left[name]) for name in fresh)
     assert not any(Path(f"/proc/{pid}").exists() for pid in left.values())
+
+
+@pytest.fixture(scope="module")
+def real(federation: Federation) -> Federation:
+    """The same federation with Feverfew's own apps, started by the hospitals' own command."""
+    for name in SITES:
+        federation.stop(name)
+        federation.spawn(name, BINARIES / "feverfew-client", "run", name)
+    wait_for(lambda: list(federation.status.sites.values()) == ["online"] * 2, what="sites online")
+    return federation
+
+
+def _plan(federation: Federation, **changes: Any) -> Path:
+    plan = plans.plan(randomness="seeded", rounds=2, preprocessing="grey28", **changes)
+    path = federation.directory / "plan.json"
+    path.write_text(plan.to_json())
+    return path
+
+
+@pytest.mark.parametrize("privacy", ["none", "dp_sgd"])
+def test_deployment_and_simulation_end_in_the_same_bits(
+    real: Federation, privacy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, run = _plan(real, privacy=privacy), f"same-{privacy.replace('_', '-')}"
+    copies = real.directory / run
+    for name in SITES:
+        left_out = shutil.ignore_patterns("state", "cache", "*.log")
+        shutil.copytree(real.directory / name, copies / name, ignore=left_out)
+    told = real.verb("feverfew-server", "submit", "home", path, "--run", run, "--json")
+    assert told.returncode == 0, told.stderr
+    deployed = Path(json.loads(told.stdout)["directory"])
+    simulated = copies / "run"
+    simulated.mkdir()
+    monkeypatch.setenv(RUN_DIRECTORY, str(simulated))
+    plan = Plan.from_json(path.read_text())
+    engine.run(
+        plan,
+        [open_site(copies / name) for name in SITES],
+        run=run,
+        name="local",
+        workers=1,
+        directory=simulated,
+    )
+    models = [(place / "model.safetensors").read_bytes() for place in (deployed, simulated)]
+    assert models[0] == models[1]
+    for name in SITES:
+        delivered = list((real.directory / name / "state").rglob("*.safetensors"))
+        assert delivered, "the final model is at the site"
+
+
+def test_a_run_without_a_quorum_has_exit_code_1_and_says_why(real: Federation) -> None:
+    path = _plan(real, privacy="none", classes=["no", "such"])
+    told = real.verb("feverfew-server", "submit", "home", path)
+    assert told.returncode == 1 and "did not finish" in told.stderr, told.stderr
+
+
+def test_check_tells_that_the_coordinator_is_reached(real: Federation) -> None:
+    told = real.verb("feverfew-client", "check", "north", "--json")
+    lines = {line["name"]: line for line in json.loads(told.stdout)["lines"]}
+    assert lines["connection"]["level"] == "ok" and lines["budget"]["level"] == "ok", told.stderr

@@ -1,0 +1,38 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# CI replaces these two: all tests but those for a GPU, under coverage.
+TEST_MARKS ?= not slow and not deployment and not gpu
+RUN ?= pytest
+
+.PHONY: simulate test check format bench clean
+
+simulate: $(VENV)/installed
+	$(BIN)/feverfew-simulate $(OVERRIDES)
+
+test: $(VENV)/installed-dev
+	$(BIN)/$(RUN) -m "$(TEST_MARKS)"
+
+check: $(VENV)/installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.round_cost
+
+clean:
+	rm -rf $(VENV) build *.egg-info
+
+$(VENV)/installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-dev: pyproject.toml $(VENV)/installed
+	$(BIN)/pip install --quiet --editable '.[ray,dev]'
+	touch $@

@@ -1,0 +1,87 @@
+"""What a simulation is told beside the plan: where sites come from, and how they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from common.errors import ConfigError
+from common.plan import Value, first_problem
+from simulations.hospitals import DirectorySource, MedMnistSource, PhantomSource, Source
+from simulations.phantom import CLASS_NAMES
+
+_SOURCES: dict[str, type[PhantomSource] | type[MedMnistSource] | type[DirectorySource]] = {
+    "phantoms": PhantomSource,
+    "medmnist": MedMnistSource,
+    "directory": DirectorySource,
+}
+
+
+class Engine(Value):
+    """What carries the messages, and how many processes train."""
+
+    name: Literal["local", "flower"]
+    workers: Annotated[int, Field(ge=1, le=1024)] | None
+
+
+class Experiment(Value):
+    """What the run directory is named after."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
+
+
+class Settings(Value):
+    """How a plan is simulated: what ``conf/simulation.yaml`` holds beside the plan and the data."""
+
+    engine: Engine
+    experiment: Experiment
+    sites_directory: Annotated[str, Field(min_length=1)]
+    state: Literal["empty", "keep"]
+    resume: bool
+
+
+def settings_of(tree: Mapping[str, Any]) -> Settings:
+    """Returns the settings of a composed config.
+
+    Raises:
+        ConfigError: unknown key, wrong type, value out of range.
+    """
+    known = {name: tree[name] for name in Settings.model_fields}
+    try:
+        return Settings.model_validate(known)
+    except ValidationError as error:
+        raise ConfigError(first_problem(error)) from None
+
+
+def source_of(data: Mapping[str, Any]) -> Source:
+    """Returns where the sites come from: the keys of ``conf/data/*.yaml`` but ``source`` and ``classes``.
+
+    Raises:
+        ConfigError: unknown source or key, wrong type.
+    """
+    kind = str(data["source"])
+    if kind not in _SOURCES:
+        raise ConfigError(f"data.source: expected one of {', '.join(_SOURCES)}, found {kind!r}.")
+    if kind == "phantoms" and tuple(data["classes"]) != CLASS_NAMES:
+        raise ConfigError(f"data.classes: expected {list(CLASS_NAMES)} for phantoms, found {data['classes']}.")
+    values = {key: value for key, value in data.items() if key not in ("source", "classes")}
+    names = {field.name for field in fields(_SOURCES[kind])}
+    if "class_names" in names:
+        values["class_names"] = tuple(data["classes"])
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise ConfigError(f"Unknown key 'data.{unknown[0]}'; see conf/data/ for the keys that exist.")
+    try:
+        source: Source = TypeAdapter(_SOURCES[kind]).validate_python(values)
+    except ValidationError as error:
+        raise ConfigError(f"data.{first_problem(error)}") from None
+    return source
+
+
+def num_sites(source: Source) -> int:
+    """Returns the number of sites of a source."""
+    return len(source.sites()) if isinstance(source, DirectorySource) else len(source.names())
+

@@ -1,0 +1,140 @@
+"""The rules of the design, held by tests: who imports whom, where defaults live, what never appears."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+
+from common.config import plain, plan_of
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("common", "client", "server", "simulations")
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+CONF = sorted((ROOT / "conf").rglob("*.yaml"))
+
+ALLOWED = {
+    "common": {"common"},
+    "client": {"client", "common"},
+    "server": {"server", "common"},
+    "simulations": {"simulations", "client", "server", "common"},
+}
+ONLY_IN = {
+    "hydra": {"common/config.py", "simulations/run.py", "server/__main__.py", "client/__main__.py"},
+    "omegaconf": {"common/config.py", "simulations/run.py", "server/__main__.py", "client/__main__.py"},
+    "opacus": {"client/training.py", "client/clipping.py", "common/model.py", "common/privacy.py"},
+    "pydicom": {
+        "client/images.py",
+        "client/decoder.py",  # the child process in which images.py has pixels decoded
+        "simulations/phantom.py",  # writes DICOM, never reads it
+    },
+    "nibabel": {"client/images.py"},
+    "PIL": {
+        "client/images.py",
+        "simulations/sources.py",  # writes PNG, never reads it
+    },
+}
+PUBLIC_FLOWER = {"flwr.app", "flwr.serverapp", "flwr.serverapp.strategy", "flwr.clientapp"}
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Yields every module that a file imports, inside functions too."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            yield node.module
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_packages_import_only_what_the_design_allows(path: Path) -> None:
+    package = path.relative_to(ROOT).parts[0]
+    ours = {module.split(".")[0] for module in imports(path)} & {*PACKAGES, "tests", "benchmarks"}
+    assert ours <= ALLOWED[package]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_special_libraries_are_imported_only_in_their_places(path: Path) -> None:
+    for module in imports(path):
+        library = module.split(".")[0]
+        assert name_of(path) in ONLY_IN.get(library, {name_of(path)}), module
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_private_modules_of_flower_are_imported_in_one_file(path: Path) -> None:
+    found = {module for module in imports(path) if module.split(".")[0] == "flwr"}
+    assert name_of(path) == "common/flower.py" or found <= PUBLIC_FLOWER
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_nothing_is_unpickled_or_evaluated(path: Path) -> None:
+    modules = {module.split(".")[0] for module in imports(path)}
+    assert not modules & {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+    calls = {
+        ast.unparse(node.func)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call)
+    }
+    assert not calls & {"eval", "exec", "torch.load", "torch.save", "yaml.load", "os.system", "os.popen"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_files_are_nouns_of_the_domain(path: Path) -> None:
+    assert path.stem not in {"utils", "util", "helpers", "helper", "base", "manager", "misc", "tools"}
+
+
+@pytest.mark.parametrize("path", CONF, ids=name_of)
+def test_every_config_key_has_a_comment(path: Path) -> None:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("#"), "expected a first line that says what the file is for"
+    for number, line in enumerate(lines):
+        key = re.match(r"\s*[\w-]+:(.*)", line)
+        is_block = key is not None and not key.group(1).strip()
+        if key is not None and not is_block:
+            assert lines[number - 1].lstrip().startswith("#"), f"{path.name}:{number + 1}: {line}"
+
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_into_a_plan(experiment: str) -> None:
+    with initialize_config_module("conf", version_base="1.3"):
+        tree = plain(
+            compose("simulation", overrides=[f"experiment={experiment}", "plan.sites=9", "data.file=x"])
+            if experiment == "pneumonia"
+            else compose("simulation", overrides=[f"experiment={experiment}", "plan.sites=4"])
+        )
+    assert plan_of(tree).hash
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml")))
+def test_every_model_composes_into_a_plan(model: str) -> None:
+    preprocessing = "rgb64" if model == "article_cnn" else "grey64"
+    with initialize_config_module("conf", version_base="1.3"):
+        overrides = [f"model={model}", f"preprocessing={preprocessing}", "plan.sites=2"]
+        tree = plain(compose("server", overrides=[*overrides, "plan.classes=[a,b]"]))
+    assert plan_of(tree).model.name == model
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_module_works_at_import_time(path: Path) -> None:
+    """Top-level statements define; none opens files, starts processes or threads, or prints."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            pytest.fail(f"{name_of(path)}:{node.lineno} calls {ast.unparse(node.value.func)}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_hydra_config_stops_at_the_door(path: Path) -> None:
+    doors = {"common/config.py", "simulations/run.py", "server/__main__.py", "client/__main__.py"}
+    text = path.read_text(encoding="utf-8")
+    assert name_of(path) in doors or "DictConfig" not in text
