@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     rehearse.add_argument("directory", type=Path)
     rehearse.add_argument("plan", type=Path, help="a plan as JSON")
+    rehearse.add_argument("--json", action="store_true", help="print JSON instead of a table")
     rehearse.set_defaults(verb=_rehearse)
 
     approve = verbs.add_parser("approve", help="agree to exactly one plan")
@@ -103,9 +104,16 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _rehearse(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
     from client import rehearsal  # see _check
 
-    return int(rehearsal.rehearse(open_site(arguments.directory), _plan(arguments.plan)) or 0)
+    found = rehearsal.rehearse(open_site(arguments.directory), _plan(arguments.plan))
+    if arguments.json:
+        print(found.to_json())
+    else:
+        rehearsal.show(found, console=Console())
+    return 0 if found.status == "approved" else 1
 
 
 def _approve(arguments: argparse.Namespace) -> int:

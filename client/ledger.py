@@ -126,6 +126,14 @@ class Ledger:
             for part, spend in spends.items():
                 self._require_affordable(part, merged([*history[part], *spend]))
 
+    def projected(self, spends: Mapping[str, tuple[Spend, ...]]) -> tuple[Epsilon, Epsilon]:
+        """Returns what spends would cost alone, and what the whole ledger would be at after them."""
+        history = self._histories()
+        after = {
+            part: merged([*history.get(part, ()), *spends.get(part, ())]) for part in {*history, *spends}
+        }
+        return worst_epsilon(dict(spends), delta=self._delta), worst_epsilon(after, delta=self._delta)
+
     def finish(self, task: str, outcome: Outcome) -> None:
         """Records how a charged task ended; the first outcome stands."""
         now = datetime.now(UTC).isoformat(timespec="seconds")

@@ -62,10 +62,11 @@ class SiteSettings(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One hospital: a directory and its settings."""
+    """One hospital: a directory and its settings. ``state`` holds ledger, replies, models and events."""
 
     directory: Path
     settings: SiteSettings
+    state: Path
 
     @property
     def name(self) -> str:
@@ -80,11 +81,6 @@ class Site:
     def private(self) -> Path:
         """Keys and everything that names a case; mode 0700; never leaves."""
         return self.directory / "private"
-
-    @property
-    def state(self) -> Path:
-        """Ledger, replies, models, events."""
-        return self.directory / "state"
 
     @property
     def cache(self) -> Path:
@@ -113,7 +109,7 @@ def open_site(directory: Path) -> Site:
             f"Expected a site directory with site.yaml, found none at {directory}; "
             "make one with feverfew-client init."
         )
-    return Site(directory=directory, settings=read_settings(path))
+    return Site(directory=directory, settings=read_settings(path), state=directory / "state")
 
 
 def read_settings(path: Path) -> SiteSettings:

@@ -233,6 +233,7 @@ def _serve(connection: Connection, reference: str, threads: int, log: Path | Non
     threading.Thread(target=_die_with_parent, daemon=True).start()
     handler = logging.StreamHandler() if log is None else logging.handlers.WatchedFileHandler(log)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, format=LOG_FORMAT)
+    logging.getLogger("feverfew").setLevel(logging.INFO)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     app = _load_or_none(reference)
     if "torch" in sys.modules:

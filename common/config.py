@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from hydra import compose, initialize_config_module
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.errors import ConfigCompositionException, HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from common.errors import ConfigError
 from common.plan import SCHEMA_VERSION, Plan
@@ -71,7 +71,15 @@ def explained(action: Callable[[], T]) -> T:
 
 def _one_line(error: Exception) -> str:
     """Hydra chains a general and a special error over several lines; the special one says what is wrong."""
-    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
-    lines = [line.strip() for line in f"{error}\n{cause if cause is not error else ''}".splitlines()]
-    told = [line for line in lines if line and not line.startswith(("full_key:", "object_type=", "Available"))]
+    if isinstance(error, MissingMandatoryValue):
+        return f"Expected a value of {error.full_key}, found none; add {error.full_key}=..."
+    parts = [f"In '{error.override}':"] if isinstance(error, OverrideParseException) else []
+    parts.append(str(error))
+    if isinstance(error, ConfigCompositionException) and error.__cause__:
+        parts.append(str(error.__cause__))
+    lines = [line.strip() for line in "\n".join(parts).splitlines()]
+    told = [line for line in lines if line and not line.startswith(_NOT_TOLD)]
     return " ".join(dict.fromkeys(told))
+
+
+_NOT_TOLD = ("full_key:", "object_type=", "Available")

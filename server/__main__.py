@@ -1,4 +1,4 @@
-"""Verbs of the coordinator: ``feverfew-server init|enroll|start|submit|status``."""
+"""Verbs of the coordinator: ``feverfew-server init|enroll|start|plan|submit|status``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common import keys
 from common.command import exit_code
+from common.config import compose_plan
 from common.errors import DataError
 from common.plan import Plan
 from server import enrolment, submission
@@ -48,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     start = verbs.add_parser("start", help="run the coordinator in the foreground until stopped")
     start.add_argument("home", type=Path)
     start.set_defaults(verb=_start)
+
+    plan = verbs.add_parser("plan", help="compose a plan from conf/ and overrides")
+    plan.add_argument("overrides", nargs="*", help="such as plan.classes=[normal,pneumonia] plan.sites=4")
+    plan.add_argument("--output", type=Path, help="write the plan here (default: print it)")
+    plan.set_defaults(verb=_plan)
 
     submit = verbs.add_parser("submit", help="run a plan and follow it to its end")
     submit.add_argument("home", type=Path)
@@ -93,6 +99,16 @@ def _start(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(arguments: argparse.Namespace) -> int:
+    plan = compose_plan(arguments.overrides)
+    if arguments.output is None:
+        print(plan.to_json())
+    else:
+        arguments.output.write_text(plan.to_json(), encoding="utf-8")
+        print(f"wrote plan {plan.hash} to {arguments.output}")
+    return 0
+
+
 def _submit(arguments: argparse.Namespace) -> int:
     home = open_home(arguments.home)
     plan = Plan.from_json(_text(arguments.plan))
@@ -103,8 +119,12 @@ def _submit(arguments: argparse.Namespace) -> int:
         if arguments.json:
             print(json.dumps({"run": run, "flower_run": submitted.flower_run}))
         return 0
-    with Progress(num_rounds=plan.rounds) as progress:
-        outcome = submission.follow(home, submitted, show=progress.show)
+    try:
+        with Progress(num_rounds=plan.rounds) as progress:
+            outcome = submission.follow(home, submitted, show=progress.show)
+    except KeyboardInterrupt:
+        print(f"run {run} goes on; see feverfew-server status {home.directory}", file=sys.stderr)
+        raise
     if arguments.json:
         print(outcome.to_json())
     print(outcome.to_text(), file=sys.stderr)

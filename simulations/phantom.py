@@ -57,12 +57,12 @@ class Scanner:
 # in contrast and field of view that a network trained at one site is worse at the others: model, modality,
 # photometric interpretation, bits stored, rescale slope and intercept, gamma, field of view (mm).
 _MODELS: tuple[tuple[str, Literal["DX", "CR"], Photometric, int, float, float, float, float], ...] = (
-    ("Aster DR 200", "DX", "MONOCHROME2", 12, 1.0, 0.0, 1.0, 390.0),
-    ("Borage CR 8", "CR", "MONOCHROME1", 8, 2.0, 30.0, 1.5, 360.0),
-    ("Comfrey DX 16", "DX", "MONOCHROME2", 16, 1.0, 0.0, 0.8, 430.0),
-    ("Dill DR 12", "DX", "MONOCHROME1", 12, 1.0, 0.0, 1.25, 350.0),
-    ("Elder CR 10", "CR", "MONOCHROME2", 12, 0.5, -100.0, 0.7, 380.0),
-    ("Fennel DX 2", "DX", "MONOCHROME1", 16, 1.0, 0.0, 1.1, 410.0),
+    ("Aster DR 200", "DX", "MONOCHROME2", 12, 1.0, 0.0, 1.0, 385.0),
+    ("Borage CR 8", "CR", "MONOCHROME1", 8, 2.0, 30.0, 1.2, 370.0),
+    ("Comfrey DX 16", "DX", "MONOCHROME2", 16, 1.0, 0.0, 0.85, 400.0),
+    ("Dill DR 12", "DX", "MONOCHROME1", 12, 1.0, 0.0, 1.1, 360.0),
+    ("Elder CR 10", "CR", "MONOCHROME2", 12, 0.5, -100.0, 0.8, 380.0),
+    ("Fennel DX 2", "DX", "MONOCHROME1", 16, 1.0, 0.0, 1.05, 395.0),
 )
 
 

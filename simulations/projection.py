@@ -5,6 +5,7 @@ Densities have no unit: 0 is air in front of the detector, about 0.8 is the abdo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simulations.anatomy import NO_POINTS, Anatomy, Points, Pose
+from simulations.anatomy import Anatomy, Points, Pose
 
 Plane = NDArray[Any]  # float32, (rows, columns)
 
@@ -61,17 +62,27 @@ def splat(pixels: Points, *, size: int, blur_pixels: float) -> Plane:
 
 
 def blur(image: Plane, *, sigma_pixels: float) -> Plane:
-    """Gaussian blur of a square image as two matrix products, which beats a loop over taps at these sizes."""
-    matrix = _blur_matrix(image.shape[0], round(sigma_pixels, 2))
-    blurred: Plane = matrix @ image @ matrix.T
-    return blurred
+    """Gaussian blur, tap by tap.
+
+    Not as matrix products: the linear-algebra library would give other bits with other numbers of threads.
+    """
+    if sigma_pixels < 0.1:
+        return image
+    radius = math.ceil(3 * sigma_pixels)
+    taps = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma_pixels) ** 2)
+    for axis in (0, 1):
+        image = _filtered(image, taps=(taps / taps.sum()).astype(np.float32), axis=axis)
+    return image
 
 
-@lru_cache(maxsize=64)
-def _blur_matrix(size: int, sigma_pixels: float) -> Plane:
-    index = np.arange(size)
-    matrix = np.exp(-0.5 * ((index[:, None] - index[None, :]) / max(sigma_pixels, 0.05)) ** 2)
-    return (matrix / matrix.sum(axis=1, keepdims=True)).astype(np.float32)
+def _filtered(image: Plane, *, taps: Plane, axis: int) -> Plane:
+    radius, length = len(taps) // 2, image.shape[axis]
+    padded = np.pad(image, [(radius, radius) if axis == other else (0, 0) for other in (0, 1)], mode="edge")
+    total = np.zeros_like(image)
+    for start, tap in enumerate(taps):
+        end = start + length
+        total += tap * (padded[start:end] if axis == 0 else padded[:, start:end])
+    return total
 
 
 @lru_cache(maxsize=8)
@@ -183,7 +194,7 @@ def _breasts(anatomy: Anatomy, *, side_x: Plane, y: Plane) -> Plane:
 
 
 def _findings(anatomy: Anatomy, *, pose: Pose, size: int) -> Plane:
-    """Opacities as one matrix product: a round Gaussian is separable however the patient is turned."""
+    """Opacities as sums of products: a round Gaussian is separable however the patient is turned."""
     parts = [
         (x, y, radius, weight * opacity.contrast)
         for opacity in anatomy.opacities
@@ -197,7 +208,8 @@ def _findings(anatomy: Anatomy, *, pose: Pose, size: int) -> Plane:
     axis = np.arange(size, dtype=np.float32)[None, :]
     columns = _bump((axis - centres[:, :1]) / sigma)
     rows = _bump((axis - centres[:, 1:2]) / sigma) * table[:, 3:]
-    return rows.T @ columns
+    sums: Plane = np.einsum("pr,pc->rc", rows, columns)
+    return sums
 
 
 def line(corners: Sequence[tuple[float, float]], *, weight: float) -> Points:

@@ -1,0 +1,135 @@
+"""A round on the hospital's own data that sends nothing and shows every field that would leave."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from flwr.app import ArrayRecord, RecordDict
+from rich.console import Console
+from rich.table import Table
+
+from client import release, work
+from client.site import Site
+from common import exchange, model
+from common.exchange import Prepared, Task
+from common.plan import Plan
+
+_SHOWN_VALUES = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One field of one message that would leave: ``value`` as it would be sent, long arrays cut."""
+
+    message: str
+    field: str
+    kind: str
+    value: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rehearsal:
+    """What a plan would do here: whether the site takes part, what leaves, and what a whole run costs."""
+
+    plan_hash: str
+    status: str
+    reason: str
+    run_epsilon: float
+    total_epsilon: float
+    budget: float
+    fields: tuple[Field, ...]
+
+    def to_json(self) -> str:
+        """Returns the rehearsal as one JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+
+def rehearse(site: Site, plan: Plan) -> Rehearsal:
+    """Runs one round and one evaluation of every part on a copy of the site's state.
+
+    Guarantee: nothing is sent, nothing is charged, and the site's own state is not changed. The updates
+    that are shown are drawn with fresh noise; who sees this page sees the hospital's data as the
+    coordinator would, so it stays at the hospital.
+    """
+    with tempfile.TemporaryDirectory(prefix="feverfew-rehearsal-") as place:
+        rehearsed = _on_a_copy(site, Path(place))
+        prepared, records = _messages(rehearsed, plan)
+        with release.open_ledger(rehearsed) as ledger:
+            run, total = ledger.projected(work.planned_spends(site, plan))
+    return Rehearsal(
+        plan_hash=plan.hash,
+        status=prepared.status,
+        reason=prepared.reason,
+        run_epsilon=run.value,
+        total_epsilon=total.value,
+        budget=site.settings.max_epsilon,
+        fields=tuple(field for name, record in records for field in fields(name, record)),
+    )
+
+
+def show(rehearsal: Rehearsal, *, console: Console) -> None:
+    """Prints a rehearsal as a table."""
+    table = Table(title=f"what would leave under plan {rehearsal.plan_hash[:12]}; nothing was sent")
+    for name in ("message", "field", "kind", "value"):
+        table.add_column(name, overflow="fold")
+    for field in rehearsal.fields:
+        table.add_row(field.message, field.field, field.kind, field.value)
+    console.print(table)
+    answer = rehearsal.status + (f" ({rehearsal.reason})" if rehearsal.reason else "")
+    console.print(f"this site would answer: {answer}", markup=False)
+    console.print(
+        f"a whole run would cost epsilon {rehearsal.run_epsilon:.2f}; the ledger would then be at "
+        f"{rehearsal.total_epsilon:.2f} of {rehearsal.budget:g}",
+        markup=False,
+    )
+
+
+def fields(message: str, record: RecordDict) -> Iterator[Field]:
+    """Yields every field of a message's content."""
+    for name, part in record.items():
+        for key, value in part.items():
+            if isinstance(part, ArrayRecord):
+                array = value.numpy()
+                kind = f"{array.dtype} {array.shape}"
+                shown = ", ".join(f"{number:.4g}" for number in array.reshape(-1)[:_SHOWN_VALUES])
+                text = shown + (", ..." if array.size > _SHOWN_VALUES else "")
+            else:
+                kind, text = type(value).__name__, str(value)
+            yield Field(message=message, field=f"{name}.{key}", kind=kind, value=text)
+
+
+def _on_a_copy(site: Site, place: Path) -> Site:
+    ledger = site.state / "ledger.sqlite"
+    if ledger.exists():
+        shutil.copy(ledger, place / "ledger.sqlite")
+    return replace(site, state=place, settings=site.settings.model_copy(update={"approve": "all"}))
+
+
+def _messages(site: Site, plan: Plan) -> tuple[Prepared, list[tuple[str, RecordDict]]]:
+    network = model.build(plan)
+    task = Task(
+        run="rehearsal",
+        plan_hash=plan.hash,
+        server_round=1,
+        purpose="train",
+        part="",
+        parameters=model.flatten(network),
+    )
+    prepared = work.prepare(site, plan, task)
+    records = [("prepare", exchange.prepared_record(prepared))]
+    if prepared.status == "approved":
+        if site.settings.role == "training":
+            update = work.train(site, plan, task, network=network)
+            records.append(("train", exchange.update_record(update)))
+        for part in site.settings.split.parts:
+            if part != "train":
+                asked = replace(task, purpose="evaluate", part=part)
+                scored = work.evaluate(site, plan, asked, network=network)
+                records.append((f"evaluate {part}", exchange.scored_record(scored)))
+        records.append(("deliver", exchange.delivered_record()))
+    return prepared, records
