@@ -37,6 +37,8 @@ PAUSE_FRACTION: Final = 0.05
 """A waiting site asks after 5 % of the time that it has waited: what it adds to a round is 5 % at most."""
 MAX_RETRY_SECONDS: Final = 20.0
 ADMISSION_SECONDS: Final = 1.0
+ABSENCE_SECONDS: Final = 1.5
+"""The server asks for every reply several times a second, and is told then that its site is away."""
 CACHED_RUNS: Final = 8
 SUPERSEDED: Final = "superseded"
 """A task of an earlier round was waiting behind a later one and is not done any more."""
@@ -241,8 +243,7 @@ class Agent:
     def _activate(self) -> None:
         """Tells the coordinator that the site is there, for as long as it takes.
 
-        A node that is taken for online is refused, so a former life of this agent is ended first. The new
-        time of activation also tells the server that tasks on their way to this site may be lost.
+        A node that is taken for online is refused, so a former life of this agent is ended first.
         """
         delay = ADMISSION_SECONDS
         while not self._stop.is_set():
@@ -261,6 +262,10 @@ class Agent:
             delay = min(2 * delay, MAX_RETRY_SECONDS)
 
     def _end_former_life(self) -> None:
+        """Ends what the SuperLink still takes for this site, and stays away until the server has noticed.
+
+        Only of a site that is away does the server learn that a task on its way to it is lost.
+        """
         path = self.site.state / "node"
         if not path.exists():
             return
@@ -269,6 +274,8 @@ class Agent:
             self._persist(lambda: self.fleet.deactivate(int(former)))
         except (ValueError, httpx.HTTPStatusError) as error:
             logger.debug("node %r was not online: %s", former, error)
+        else:
+            self._stop.wait(ABSENCE_SECONDS)
 
     def _beat(self) -> None:
         """Keeps the site online until the end; runs in a thread of its own."""

@@ -24,6 +24,9 @@ def plan_of(tree: Mapping[str, Any]) -> Plan:
     Raises:
         ConfigError: unknown key, wrong type, value out of range.
     """
+    for name in ("plan", *GROUPS):
+        if name not in tree:
+            raise ConfigError(f"Expected the group {name}, found none; leave out ~{name}.")
     parts = {name: tree[name] for name in GROUPS}
     return Plan.from_tree({"schema_version": SCHEMA_VERSION, **tree["plan"], **parts})
 

@@ -167,14 +167,32 @@ def noise_multiplier(*, target_epsilon: float, delta: float, sample_rate: float,
     while _rdp_epsilon((spend(high),), delta) > target_epsilon:  # cheap, and never below the true cost
         low, high = high, high * 2
         if high > _LARGEST_NOISE_MULTIPLIER:
-            raise PrivacyTargetError(
-                f"Expected a reachable privacy target, found target_epsilon={target_epsilon} at "
-                f"delta={delta} with sample rate {sample_rate:.3g} and {steps} steps, which no noise "
-                f"multiplier up to {_LARGEST_NOISE_MULTIPLIER:.0f} gives; raise target_epsilon or lower "
-                "rounds or local_steps."
-            )
+            raise _unreachable(target_epsilon, delta=delta, rate=sample_rate, steps=steps)
     low *= 0.5  # the tighter accountant may need less than the RDP bracket says
     return math.ceil(_bisect(cost, low=low, high=high, target=target_epsilon) * 1e4) / 1e4
+
+
+def require_reachable(plan: Plan, *, nominal_patients: int) -> None:
+    """Checks, in no time, that some noise multiplier gives a site the plan's target.
+
+    Raises:
+        PrivacyTargetError: none does.
+    """
+    privacy = plan.privacy
+    if not isinstance(privacy, DpSgd) or privacy.target_epsilon is None or plan.num_steps == 0:
+        return
+    rate = sample_rate(plan, nominal_patients=nominal_patients)
+    largest = Spend(noise_multiplier=_LARGEST_NOISE_MULTIPLIER, sample_rate=rate, steps=plan.num_steps)
+    if _rdp_epsilon((largest,), privacy.delta) > privacy.target_epsilon:
+        raise _unreachable(privacy.target_epsilon, delta=privacy.delta, rate=rate, steps=plan.num_steps)
+
+
+def _unreachable(target: float, *, delta: float, rate: float, steps: int) -> PrivacyTargetError:
+    return PrivacyTargetError(
+        f"Expected a reachable privacy target, found target_epsilon={target} at delta={delta} with sample "
+        f"rate {rate:.3g} and {steps} steps, which no noise multiplier up to {_LARGEST_NOISE_MULTIPLIER:.0f} "
+        "gives; raise target_epsilon or lower rounds or local_steps."
+    )
 
 
 def _bisect(cost: Callable[[float], float], *, low: float, high: float, target: float) -> float:

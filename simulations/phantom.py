@@ -57,12 +57,12 @@ class Scanner:
 # in contrast and field of view that a network trained at one site is worse at the others: model, modality,
 # photometric interpretation, bits stored, rescale slope and intercept, gamma, field of view (mm).
 _MODELS: tuple[tuple[str, Literal["DX", "CR"], Photometric, int, float, float, float, float], ...] = (
-    ("Aster DR 200", "DX", "MONOCHROME2", 12, 1.0, 0.0, 1.0, 385.0),
-    ("Borage CR 8", "CR", "MONOCHROME1", 8, 2.0, 30.0, 1.2, 370.0),
-    ("Comfrey DX 16", "DX", "MONOCHROME2", 16, 1.0, 0.0, 0.85, 400.0),
-    ("Dill DR 12", "DX", "MONOCHROME1", 12, 1.0, 0.0, 1.1, 360.0),
-    ("Elder CR 10", "CR", "MONOCHROME2", 12, 0.5, -100.0, 0.8, 380.0),
-    ("Fennel DX 2", "DX", "MONOCHROME1", 16, 1.0, 0.0, 1.05, 395.0),
+    ("Aster DR 200", "DX", "MONOCHROME2", 12, 1.0, 0.0, 1.0, 380.0),
+    ("Borage CR 8", "CR", "MONOCHROME1", 8, 2.0, 30.0, 1.12, 375.0),
+    ("Comfrey DX 16", "DX", "MONOCHROME2", 16, 1.0, 0.0, 0.92, 395.0),
+    ("Dill DR 12", "DX", "MONOCHROME1", 12, 1.0, 0.0, 1.06, 370.0),
+    ("Elder CR 10", "CR", "MONOCHROME2", 12, 0.5, -100.0, 0.9, 385.0),
+    ("Fennel DX 2", "DX", "MONOCHROME1", 16, 1.0, 0.0, 1.03, 390.0),
 )
 
 
@@ -81,8 +81,8 @@ def random_scanner(rng: np.random.Generator, *, index: int, image_size: int) -> 
         field_mm=field_mm,
         pixel_mm=round(field_mm / image_size * rng.uniform(0.88, 1.12), 3),
         blur_mm=float(rng.uniform(1.2, 3.0)),
-        gamma=float(gamma * rng.uniform(0.95, 1.05)),
-        noise_sd=float(rng.uniform(0.010, 0.040)),
+        gamma=float(gamma * rng.uniform(0.97, 1.03)),
+        noise_sd=float(rng.uniform(0.010, 0.030)),
         exposure_spread=float(rng.uniform(0.04, 0.10)),
     )
 

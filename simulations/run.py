@@ -30,10 +30,16 @@ def _run() -> int:
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="simulation")
 def _simulate(config: DictConfig) -> None:
-    tree = plain(config)
+    code = exit_code(lambda: _job(config), command=COMMAND)
+    if code:
+        raise SystemExit(code)  # Hydra would print lines of its own about an exception
+
+
+def _job(config: DictConfig) -> int:
     from simulations.hospitals import prepare_sites  # after Hydra's own exits, such as --help
     from simulations.settings import num_sites, settings_of, source_of
 
+    tree = plain(config)
     settings, source = settings_of(tree), source_of(tree["data"])
     if tree["plan"]["sites"] is None:
         tree["plan"]["sites"] = num_sites(source)
@@ -44,6 +50,7 @@ def _simulate(config: DictConfig) -> None:
     sites = prepare_sites(Path(settings.sites_directory), source=source)
     directory = Path(HydraConfig.get().runtime.output_dir)
     show(simulate(plan, sites, settings=settings, directory=directory), directory=directory)
+    return 0
 
 
 def _start_workers_early(plan: Plan) -> None:

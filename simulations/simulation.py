@@ -13,12 +13,14 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors.numpy import load_file
 
+from client import table
 from client.cohort import open_cohort
 from client.release import open_ledger
 from client.site import Site, open_site
 from common.errors import ConfigError
 from common.metrics import Scores
 from common.plan import Plan
+from common.privacy import require_reachable
 from common.trail import read
 from server.progress import Progress
 from server.report import Report
@@ -32,11 +34,14 @@ def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory
     """Runs a plan over site directories and returns the completed report, which is also written.
 
     Raises:
-        ConfigError: ``resume`` without a run to resume.
+        ConfigError: ``resume`` without a run to resume; a privacy target that cannot be reached.
+        DataError: a site's case table cannot be used.
         QuorumNotReached: the run stopped early; what is left of it is written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     opened = [open_site(path) for path in sites]
+    for site in opened:
+        _require_usable(site, plan)
     run = run_id(directory, resume=settings.resume)
     with _locked(sites):
         if settings.state == "empty" and not settings.resume:
@@ -58,6 +63,13 @@ def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory
         report = completed(Report.read(directory), opened, plan=plan, run=run)
     report.write(directory)
     return report
+
+
+def _require_usable(site: Site, plan: Plan) -> None:
+    """Finds before the start what would stop a site for certain."""
+    next(table.rows(site.table, patient_is=site.settings.patient_is), None)
+    if site.settings.role == "training":
+        require_reachable(plan, nominal_patients=site.settings.nominal_patients)
 
 
 def show(report: Report, *, directory: Path) -> None:
@@ -134,4 +146,3 @@ class _locked:
     def __exit__(self, *error: object) -> None:
         for lock in self._locks:
             lock.release()
-

@@ -67,6 +67,8 @@ def test_every_file_of_a_group_composes(group: str) -> None:
         ("plan.rounds=[1", "plan.rounds"),
         ("plan.rounds=${nowhere}", "nowhere"),
         ("rounds", "rounds"),
+        ("~training", "the group training"),
+        ("~plan.seed", "seed"),
     ],
 )
 def test_wrong_override_is_refused_in_one_line_that_names_the_key(override: str, named: str) -> None:

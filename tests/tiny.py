@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from common import flower
+from server.mailbox import Mailbox
 
 SECRET = "patient 4711"
 
@@ -118,18 +119,15 @@ def _round(grid: Grid, plan: dict[str, Any], number: int, directory: Path) -> di
     begun = time.monotonic()
     kind = plan["rounds"][number - 1]
     size = plan.get("size", 3)
-    ids = set(grid.push_messages([task(kind, server_round=number, node=n, size=size) for n in nodes]))
+    messages = [task(kind, server_round=number, node=node, size=size) for node in nodes]
     valid, reasons, pids = 0, [], []
-    while ids:
-        for reply in grid.pull_messages(ids):
-            ids.discard(reply.metadata.reply_to_message_id)
-            if reply.has_error():
-                reasons.append(reply.error.reason)
-                continue
-            assert (reply.content.array_records["arrays"]["x"].numpy() == 1).all()
-            pids.append(reply.content.metric_records["metrics"]["pid"])
-            valid += 1
-        time.sleep(0.05)
+    for _, reply in Mailbox(grid).ask(messages, deadline_seconds=60):
+        if reply is None or reply.has_error():
+            reasons.append("missing" if reply is None else reply.error.reason)
+            continue
+        assert (reply.content.array_records["arrays"]["x"].numpy() == 1).all()
+        pids.append(reply.content.metric_records["metrics"]["pid"])
+        valid += 1
     told = {"round": number, "sites_valid": valid, "reasons": reasons, "pids": pids}
     told["seconds"] = time.monotonic() - begun
     with (directory / "events.jsonl").open("a") as events:
