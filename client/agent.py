@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -20,7 +20,8 @@ from filelock import FileLock, Timeout
 from flwr.app import Context, Error, Message, RecordDict
 
 from client.coordinator import open_coordinator
-from client.fleet import Fleet, Task
+from client.fleet import Fleet, Task, without_superseded
+from client.patience import MAX_RETRY_SECONDS, is_temporary, persist, reason
 from client.site import Site
 from client.worker import DEFAULT_APP, Worker, forkserver
 from common import flower, keys
@@ -35,7 +36,6 @@ MIN_PAUSE_SECONDS: Final = 0.1
 MAX_PAUSE_SECONDS: Final = 2.0
 PAUSE_FRACTION: Final = 0.05
 """A waiting site asks after 5 % of the time that it has waited: what it adds to a round is 5 % at most."""
-MAX_RETRY_SECONDS: Final = 20.0
 ADMISSION_SECONDS: Final = 1.0
 ABSENCE_SECONDS: Final = 1.5
 """The server asks for every reply several times a second, and is told then that its site is away."""
@@ -43,14 +43,6 @@ CACHED_RUNS: Final = 8
 SUPERSEDED: Final = "superseded"
 """A task of an earlier round was waiting behind a later one and is not done any more."""
 RUN_NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
-TEMPORARY_STATUS: Final = frozenset({408, 429, 500, 502, 503, 504})
-
-
-def is_temporary(error: httpx.HTTPError) -> bool:
-    """Returns whether the same request may succeed later: no connection, or a server that is starting."""
-    if isinstance(error, httpx.HTTPStatusError):
-        return error.response.status_code in TEMPORARY_STATUS
-    return isinstance(error, httpx.TransportError)
 
 
 def pause_seconds(waited_seconds: float) -> float:
@@ -60,22 +52,6 @@ def pause_seconds(waited_seconds: float) -> float:
     [0.1, 0.5, 2.0]
     """
     return min(MAX_PAUSE_SECONDS, max(MIN_PAUSE_SECONDS, PAUSE_FRACTION * waited_seconds))
-
-
-def without_superseded(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:
-    """Returns the tasks to do, and those for which a later round of the same run and kind waits."""
-    tasks = list(tasks)
-    newest: dict[tuple[int, str], int] = {}
-    for task in tasks:
-        kind = (task.run_id, task.head.metadata.message_type)
-        newest[kind] = max(newest.get(kind, -1), _round(task))
-    kept = [t for t in tasks if _round(t) == newest[t.run_id, t.head.metadata.message_type]]
-    return kept, [t for t in tasks if t not in kept]
-
-
-def _round(task: Task) -> int:
-    group = task.head.metadata.group_id
-    return int(group) if group.isdecimal() else 0
 
 
 @dataclass(kw_only=True)
@@ -154,7 +130,7 @@ class Agent:
         except httpx.ConnectError:
             self._stop.wait(MAX_PAUSE_SECONDS)  # nothing was sent, so nothing is lost
         except httpx.TransportError as error:
-            logger.warning("an answer of the coordinator was lost (%s), a task perhaps", _reason(error))
+            logger.warning("an answer of the coordinator was lost (%s), a task perhaps", reason(error))
             self._lost.set()
         except httpx.HTTPStatusError as error:
             if error.response.status_code == 503:  # the gateway is there, the SuperLink is not
@@ -182,7 +158,7 @@ class Agent:
             config = self._config(task.run_id)
             message = self._persist(lambda: self.fleet.pull(task), seconds=meta.ttl)
         except (httpx.HTTPError, flower.ObjectPullError) as error:
-            logger.warning("a task could not be fetched and is dropped: %s", _reason(error))
+            logger.warning("a task could not be fetched and is dropped: %s", reason(error))
             return
         context = Context(
             run_id=task.run_id,
@@ -198,7 +174,7 @@ class Agent:
         logger.info(
             "run %s round %s %s: %s (%.1f s)",
             _shown_run(config),
-            _round(task),
+            task.server_round,
             meta.message_type,
             outcome,
             time.monotonic() - begun,
@@ -208,7 +184,7 @@ class Agent:
         try:
             self._persist(lambda: self.fleet.push(reply), seconds=reply.metadata.ttl)
         except (httpx.HTTPError, flower.ObjectPushError) as error:
-            logger.warning("a reply was not delivered: %s", _reason(error))
+            logger.warning("a reply was not delivered: %s", reason(error))
             return False
         return True
 
@@ -222,23 +198,7 @@ class Agent:
         return self._configs[run_id]
 
     def _persist(self, request: Callable[[], Answer], *, seconds: float = float("inf")) -> Answer:
-        """Returns the answer to a request, repeating it while the other side is away, at most for so long."""
-        begun, delay, failures = time.monotonic(), 0.1, 0
-        while True:
-            try:
-                answer = request()
-            except httpx.HTTPError as error:
-                if not is_temporary(error) or time.monotonic() - begun >= seconds or self._stop.is_set():
-                    raise
-                if failures == 0:
-                    logger.warning("no answer from the coordinator (%s); trying again", _reason(error))
-                failures += 1
-            else:
-                if failures:
-                    logger.info("the coordinator answers again")
-                return answer
-            self._stop.wait(delay)
-            delay = min(2 * delay, MAX_RETRY_SECONDS)
+        return persist(request, stop=self._stop, seconds=seconds)
 
     def _activate(self) -> None:
         """Tells the coordinator that the site is there, for as long as it takes.
@@ -294,18 +254,12 @@ class Agent:
             try:
                 self.fleet.deactivate(self._node_id)
             except httpx.HTTPError as error:
-                logger.info("the coordinator was not told that this site goes: %s", _reason(error))
+                logger.info("the coordinator was not told that this site goes: %s", reason(error))
 
 
 def _shown_run(config: dict[str, str]) -> str:
     run = config.get("run", "")
     return run if RUN_NAME.fullmatch(run) else "?"
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, httpx.HTTPStatusError):
-        return flower.refusal_text(error)
-    return type(error).__name__
 
 
 def open_agent(site: Site, *, app: str = DEFAULT_APP) -> Agent:

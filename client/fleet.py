@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import datetime
 import ssl
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,23 @@ class Task:
     def run_id(self) -> int:
         """Flower's id of the run."""
         return int(self.head.metadata.run_id)
+
+    @property
+    def server_round(self) -> int:
+        """The round; 0 where the server's group is none."""
+        group = self.head.metadata.group_id
+        return int(group) if group.isdecimal() else 0
+
+
+def without_superseded(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:
+    """Returns the tasks to do, and those for which a later round of the same run and kind waits."""
+    tasks = list(tasks)
+    newest: dict[tuple[int, str], int] = {}
+    for task in tasks:
+        kind = (task.run_id, task.head.metadata.message_type)
+        newest[kind] = max(newest.get(kind, -1), task.server_round)
+    kept = [t for t in tasks if t.server_round == newest[t.run_id, t.head.metadata.message_type]]
+    return kept, [t for t in tasks if t not in kept]
 
 
 class _Signature:

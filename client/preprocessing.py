@@ -1,4 +1,4 @@
-"""What a plan asks of a case: grey or colour, intensity between two percentiles, one size, uint8."""
+"""What a plan asks of a case: grey or colour, intensity between two bounds, one size, uint8."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def apply(image: Image, preprocessing: Preprocessing) -> np.ndarray:
     """Returns the case as the plan wants it: uint8, (channels, height, width), 255 stands for 1.0.
 
     Colour becomes grey by luminance; intensities are scaled between two percentiles of the image itself
-    (of all channels together) and clipped; the size is changed bilinearly, with antialiasing where it
+    (of all channels together) or two fixed values, and clipped; the size is changed bilinearly, with antialiasing where it
     shrinks; grey is repeated for three channels. The same image gives the same bytes.
 
     Raises:
@@ -49,10 +49,12 @@ def apply(image: Image, preprocessing: Preprocessing) -> np.ndarray:
 def _scaled(array: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
     from monai.transforms import ScaleIntensityRange  # takes seconds, and a warm start does without
 
-    low, high = np.percentile(array, (preprocessing.lower_percentile, preprocessing.upper_percentile))
+    low, high = preprocessing.lower, preprocessing.upper
+    if preprocessing.scaling == "percentile":
+        low, high = (float(value) for value in np.percentile(array, (low, high)))
     if not high > low:
         raise UnusableCase("no_contrast", f"Expected distinct percentiles, found {low} twice.")
-    scale = ScaleIntensityRange(a_min=float(low), a_max=float(high), b_min=0.0, b_max=1.0, clip=True)
+    scale = ScaleIntensityRange(a_min=low, a_max=high, b_min=0.0, b_max=1.0, clip=True)
     return np.asarray(scale(array), dtype=np.float32)
 
 

@@ -95,16 +95,18 @@ def train(
     anchor = [parameter.detach().clone() for parameter in network.parameters()]
     sampling, choosing = key.stream("sampling"), key.stream("cases")
     loss_sum = 0.0
-    for step in range(training.local_steps):
-        optimizer.zero_grad()
-        sampled = np.flatnonzero(sampling.random(len(part.patients)) < mechanism.sample_rate)
-        for batch in batches(part, sampled, training=training, choosing=choosing):
-            loss_sum += gradient.accumulate(batch)
-        loss_sum += gradient.finish()
-        _add_proximal_term(network, anchor, mu=training.proximal_mu)
-        optimizer.step()
-        on_step(step + 1, training.local_steps)
-    gradient.close()
+    try:
+        for step in range(training.local_steps):
+            optimizer.zero_grad()
+            sampled = np.flatnonzero(sampling.random(len(part.patients)) < mechanism.sample_rate)
+            for batch in batches(part, sampled, training=training, choosing=choosing):
+                loss_sum += gradient.accumulate(batch)
+            loss_sum += gradient.finish()
+            _add_proximal_term(network, anchor, mu=training.proximal_mu)
+            optimizer.step()
+            on_step(step + 1, training.local_steps)
+    finally:
+        gradient.close()  # the network is used again, also after a failure
     divisor = training.expected_batch * training.local_steps
     return Trained(update=models.flatten(network) - start, train_loss=loss_sum / divisor if divisor else None)
 

@@ -101,21 +101,33 @@ class _Centre(nn.Module):
         return images * 2 - 1
 
 
+_CONTRAST_GAIN = 10.0  # zero-mean filters answer to differences of neighbours, which are small
+
+
 def _cnn(plan: Plan) -> nn.Module:
-    assert isinstance(plan.model, Cnn)
+    asked = plan.model
+    assert isinstance(asked, Cnn)
+    pool = nn.MaxPool2d if asked.pooling == "max" else nn.AvgPool2d
     layers: list[nn.Module] = [_Centre()]
     width_in: int = plan.preprocessing.channels
-    for width in plan.model.channels:
-        layers += [
-            nn.Conv2d(width_in, width, kernel_size=3, padding=1),
-            nn.GroupNorm(plan.model.groups, width),
-            nn.ReLU(),
-            nn.MaxPool2d(2),
-        ]
+    for width, pool_size in zip(asked.channels, asked.pool_sizes, strict=True):
+        convolution = nn.Conv2d(width_in, width, kernel_size=3, padding=1)
+        if asked.first_block == "contrast" and len(layers) == 1:
+            _begin_with_contrast(convolution)
+            layers += [convolution, nn.ReLU(), pool(pool_size)]
+        else:
+            layers += [convolution, nn.GroupNorm(asked.groups, width), nn.ReLU(), pool(pool_size)]
         width_in = width
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width_in, plan.num_outputs)
-    )
+    head = nn.Linear(width_in * asked.head_size**2, plan.num_outputs)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(asked.head_size), nn.Flatten(), head)
+
+
+def _begin_with_contrast(convolution: nn.Conv2d) -> None:
+    with torch.no_grad():
+        convolution.weight -= convolution.weight.mean(dim=(2, 3), keepdim=True)
+        convolution.weight *= _CONTRAST_GAIN
+        if convolution.bias is not None:
+            convolution.bias.zero_()
 
 
 def _article_cnn(plan: Plan) -> nn.Module:

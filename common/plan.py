@@ -30,14 +30,25 @@ class Value(BaseModel):
 
 
 class Cnn(Value):
-    """Convolution blocks with GroupNorm, average pooling and a linear head."""
+    """Convolution blocks with GroupNorm, and a linear head that sees a ``head_size`` x ``head_size`` grid.
+
+    ``first_block``: ``normalised`` like the others, which makes it blind to an image's contrast; or
+    ``contrast``, which begins with filters of zero mean and no norm, so that it answers to contrast
+    and not to brightness.
+    """
 
     name: Literal["cnn"]
     channels: Annotated[tuple[Annotated[int, Field(ge=1, le=512)], ...], Field(min_length=1, max_length=5)]
     groups: Annotated[int, Field(ge=1, le=64)]
+    head_size: Annotated[int, Field(ge=1, le=16)]
+    pooling: Literal["max", "average"]
+    pool_sizes: tuple[Annotated[int, Field(ge=1, le=8)], ...]
+    first_block: Literal["normalised", "contrast"]
 
     @model_validator(mode="after")
-    def _groups_divide_channels(self) -> Self:
+    def _blocks_fit_together(self) -> Self:
+        if len(self.pool_sizes) != len(self.channels):
+            raise ValueError(f"expected one pool size for each of channels, found {self.pool_sizes}")
         if any(width % self.groups for width in self.channels):
             raise ValueError(f"expected channels divisible by groups={self.groups}, found {self.channels}")
         return self
@@ -67,19 +78,23 @@ Model = Annotated[Cnn | ArticleCnn | DenseNet121 | EfficientNetB0, Field(discrim
 class Preprocessing(Value):
     """What is asked of a case: an array of ``(channels, *size)`` with values in [0, 1].
 
-    Intensities are scaled between two percentiles of the image itself (a case is judged by itself
-    alone), clipped, resized bilinearly.
+    Intensities between ``lower`` and ``upper`` are scaled to [0, 1], others clipped. With ``percentile``
+    these are percentiles of the image itself (a case is judged by itself alone); with ``window`` they are
+    intensities, such as Hounsfield units or the range of a raster, and contrast is kept as it was.
     """
 
     channels: Literal[1, 3]
     size: tuple[Size, Size]
-    lower_percentile: Annotated[float, Field(ge=0, lt=100)]
-    upper_percentile: Annotated[float, Field(gt=0, le=100)]
+    scaling: Literal["percentile", "window"]
+    lower: Annotated[float, Field(allow_inf_nan=False)]
+    upper: Annotated[float, Field(allow_inf_nan=False)]
 
     @model_validator(mode="after")
-    def _percentiles_are_ordered(self) -> Self:
-        if self.lower_percentile >= self.upper_percentile:
-            raise ValueError("expected lower_percentile < upper_percentile")
+    def _bounds_are_ordered(self) -> Self:
+        if self.lower >= self.upper:
+            raise ValueError(f"expected lower < upper, found {self.lower} and {self.upper}")
+        if self.scaling == "percentile" and not 0 <= self.lower < self.upper <= 100:
+            raise ValueError(f"expected percentiles in [0, 100], found {self.lower} and {self.upper}")
         return self
 
 

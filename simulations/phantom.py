@@ -58,11 +58,11 @@ class Scanner:
 # photometric interpretation, bits stored, rescale slope and intercept, gamma, field of view (mm).
 _MODELS: tuple[tuple[str, Literal["DX", "CR"], Photometric, int, float, float, float, float], ...] = (
     ("Aster DR 200", "DX", "MONOCHROME2", 12, 1.0, 0.0, 1.0, 380.0),
-    ("Borage CR 8", "CR", "MONOCHROME1", 8, 2.0, 30.0, 1.12, 375.0),
-    ("Comfrey DX 16", "DX", "MONOCHROME2", 16, 1.0, 0.0, 0.92, 395.0),
-    ("Dill DR 12", "DX", "MONOCHROME1", 12, 1.0, 0.0, 1.06, 370.0),
-    ("Elder CR 10", "CR", "MONOCHROME2", 12, 0.5, -100.0, 0.9, 385.0),
-    ("Fennel DX 2", "DX", "MONOCHROME1", 16, 1.0, 0.0, 1.03, 390.0),
+    ("Borage CR 8", "CR", "MONOCHROME1", 8, 2.0, 30.0, 1.16, 372.0),
+    ("Comfrey DX 16", "DX", "MONOCHROME2", 16, 1.0, 0.0, 0.88, 400.0),
+    ("Dill DR 12", "DX", "MONOCHROME1", 12, 1.0, 0.0, 1.08, 366.0),
+    ("Elder CR 10", "CR", "MONOCHROME2", 12, 0.5, -100.0, 0.86, 382.0),
+    ("Fennel DX 2", "DX", "MONOCHROME1", 16, 1.0, 0.0, 1.12, 392.0),
 )
 
 

@@ -8,6 +8,14 @@ from typing import Any
 from common.config import GROUPS, compose_plan
 from common.plan import Plan
 
+TINY: dict[str, Any] = {
+    "model__channels": (4,),
+    "model__groups": 2,
+    "model__pool_sizes": (2,),
+    "preprocessing__size": (8, 8),
+}
+"""Changes that make a network of a few hundred parameters for images of 8 x 8 pixels."""
+
 
 def plan(**changes: Any) -> Plan:
     """Returns the plan of ``conf/server.yaml`` for two sites with phantoms' classes, changed.

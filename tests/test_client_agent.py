@@ -11,9 +11,10 @@ import pytest
 from flwr.app import Message
 
 from client import agent as agents
-from client import skeleton
-from client.agent import Agent, is_temporary, open_agent, without_superseded
-from client.fleet import Task
+from client import patience, skeleton
+from client.agent import Agent, open_agent
+from client.fleet import Task, without_superseded
+from client.patience import is_temporary
 from client.site import Site, open_site
 from client.worker import Worker, forkserver
 from common import flower
@@ -90,6 +91,7 @@ class ScriptedFleet:
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     flower.set_identity(1, node_id=1)
     monkeypatch.setattr(agents, "MAX_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(patience, "MAX_RETRY_SECONDS", 0.05)
     monkeypatch.setattr(agents, "MAX_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(agents, "MIN_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(agents, "ADMISSION_SECONDS", 0.01)

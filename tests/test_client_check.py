@@ -18,7 +18,7 @@ from common import keys
 from common.plan import Preprocessing
 
 CLASSES = ("normal", "opacity")
-ASKED = Preprocessing(channels=1, size=(8, 8), lower_percentile=0, upper_percentile=100)
+ASKED = Preprocessing(channels=1, size=(8, 8), scaling="percentile", lower=0, upper=100)
 EVERYTHING_TRAINS = {"train": 1, "validation": 0, "test": 0}
 
 

@@ -27,7 +27,7 @@ from common.plan import Preprocessing
 
 CLASSES = ("normal", "opacity")
 SECRET = bytes(range(32))
-ASKED = Preprocessing(channels=1, size=(8, 8), lower_percentile=0, upper_percentile=100)
+ASKED = Preprocessing(channels=1, size=(8, 8), scaling="percentile", lower=0, upper=100)
 SETTINGS: dict[str, Any] = {
     **yaml.safe_load(skeleton.SETTINGS.format(name="north", nominal_patients=10)),
     "split": {"train": 0.5, "validation": 0.2, "test": 0.3},
@@ -394,7 +394,7 @@ from client.cohort import open_cohort
 from client.site import open_site
 from common.plan import Preprocessing
 site = open_site(Path({str(site.directory)!r}))
-asked = Preprocessing(channels=1, size=(8, 8), lower_percentile=0, upper_percentile=100)
+asked = Preprocessing(channels=1, size=(8, 8), scaling="percentile", lower=0, upper=100)
 seconds = []
 for _ in range(5):
     start = time.process_time()

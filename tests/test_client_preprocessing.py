@@ -13,7 +13,7 @@ from common.plan import Preprocessing
 
 
 def asked(**values: Any) -> Preprocessing:
-    default = {"channels": 1, "size": (8, 8), "lower_percentile": 0, "upper_percentile": 100}
+    default = {"channels": 1, "size": (8, 8), "scaling": "percentile", "lower": 0, "upper": 100}
     return Preprocessing(**{**default, **values})
 
 
@@ -43,7 +43,7 @@ def test_scaling_and_resizing_equal_an_oracle_in_numpy(
     shape: tuple[int, int], low: float, high: float
 ) -> None:
     array = np.random.default_rng(3).gamma(2, 300, (1, *shape)) - 1024
-    found = preprocessing.apply(image(array), asked(size=(8, 9), lower_percentile=low, upper_percentile=high))
+    found = preprocessing.apply(image(array), asked(size=(8, 9), scaling="percentile", lower=low, upper=high))
     assert found.dtype == np.uint8 and found.shape == (1, 8, 9)
     np.testing.assert_allclose(found, oracle(array, low=low, high=high, size=(8, 9)), atol=0.502)
 
@@ -96,5 +96,5 @@ def test_image_without_contrast_between_the_percentiles_is_refused() -> None:
     array = np.zeros((1, 20, 20))
     array[0, 0, 0] = 1
     with pytest.raises(UnusableCase) as caught:
-        preprocessing.apply(image(array), asked(lower_percentile=1, upper_percentile=99))
+        preprocessing.apply(image(array), asked(scaling="percentile", lower=1, upper=99))
     assert caught.value.code == "no_contrast"

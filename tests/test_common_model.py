@@ -118,7 +118,7 @@ def test_article_cnn_has_the_parameters_of_the_article() -> None:
 
 
 def test_cnn_has_the_blocks_of_its_config() -> None:
-    network = model.build(plan(model__channels=(4, 8), model__groups=2, preprocessing__size=(28, 28)))
+    network = model.build(plan(model__channels=(4, 8), model__pool_sizes=(2, 2), model__groups=2))
     convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
     norms = [module for module in network.modules() if isinstance(module, nn.GroupNorm)]
     assert [(one.in_channels, one.out_channels) for one in convolutions] == [(1, 4), (4, 8)]
@@ -191,7 +191,7 @@ def test_in_place_operations_and_dropout_are_taken_out() -> None:
     [
         {"model": "densenet121", "preprocessing": "grey28"},
         {"model": "efficientnet_b0", "preprocessing": "grey28"},
-        {"model__channels": (8, 8, 8, 8), "preprocessing__size": (8, 8)},
+        {"model__pool_sizes": (4, 4, 4), "preprocessing__size": (8, 8)},
     ],
 )
 def test_images_too_small_for_the_network_are_refused(changes: dict[str, Any]) -> None:

@@ -103,8 +103,8 @@ def test_canonical_json_refuses_numbers_that_json_does_not_have(number: float) -
         ("node_deadline_seconds", 31 * 86400),
         ("grace_seconds", -1),
         ("preprocessing.channels", 2),
-        ("preprocessing.lower_percentile", math.nan),
-        ("preprocessing.upper_percentile", 101),
+        ("preprocessing.lower", math.nan),
+        ("preprocessing", 101),
         ("training.local_steps", -1),
         ("training.expected_batch", 0),
         ("training.cases_per_patient", 0),
@@ -199,8 +199,9 @@ def test_several_problems_are_counted() -> None:
         ({"model": "article_cnn", "preprocessing": "rgb64", "classes": ("a", "b", "c")}, "two classes"),
         ({"privacy__noise_multiplier": 1.0}, "exactly one of target_epsilon and noise_multiplier"),
         ({"privacy__target_epsilon": None}, "exactly one of target_epsilon and noise_multiplier"),
-        ({"model__channels": (12, 16)}, "divisible by groups=8"),
-        ({"preprocessing__lower_percentile": 99.0}, "lower_percentile < upper_percentile"),
+        ({"model__channels": (12, 16, 32)}, "divisible by groups=8"),
+        ({"model__channels": (16, 32)}, "one pool size for each of channels"),
+        ({"preprocessing__lower": 99.0}, "lower < upper"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(changes: dict[str, Any], named: str) -> None:

@@ -259,6 +259,23 @@ def test_a_killed_agent_is_back_at_once_when_it_is_started_again(federation: Fed
     assert outcome.is_success and events[0]["sites_valid"] == 2
 
 
+def test_a_task_of_a_killed_agent_is_done_by_the_one_that_is_started_after_it(federation: Federation) -> None:
+    for name, first in zip(SITES, (True, False), strict=True):
+        note = federation.directory / name / "sleeper"
+        note.unlink(missing_ok=True) if first else note.write_text("slept before")
+    submitted = federation.submit(rounds=["train.sleeps_once"])
+    note = federation.directory / SITES[0] / "sleeper"
+    wait_for(lambda: note.exists() and note.read_text(), what="worker at work")
+    process = federation.processes.pop(SITES[0])
+    process.kill()
+    process.wait()
+    federation.start_agent(SITES[0])
+    outcome, events = federation.follow(submitted)
+    assert outcome.is_success and events[0]["sites_valid"] == 2
+    print(f"a round with a killed agent took {events[0]['seconds']:.1f} s")
+    assert not Path(f"/proc/{note.read_text()}").exists(), "the worker has ended with its agent"
+
+
 def test_a_key_that_is_not_enrolled_gets_nowhere(federation: Federation) -> None:
     federation.add_site("stranger", enrolled=False)
     federation.start_agent("stranger")

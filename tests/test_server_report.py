@@ -59,7 +59,7 @@ def plan(*, rounds, sites, privacy):
         "grace_seconds": 60.0,
         "model": {"name": "cnn", "channels": [16, 32, 64], "groups": 8},
         "preprocessing": {
-            "channels": 1, "size": [64, 64], "lower_percentile": 1.0, "upper_percentile": 99.0
+            "channels": 1, "size": [64, 64], "scaling": "percentile", "lower": 1.0, "upper": 99.0
         },
         "training": {
             "local_steps": 4, "expected_batch": 48, "cases_per_patient": 2, "physical_batch": 64,
