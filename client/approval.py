@@ -8,15 +8,18 @@ from datetime import UTC, datetime
 from client.replies import write_durably
 from client.site import Site
 from common.errors import Refusal
-from common.plan import Plan
+from common.plan import NoPrivacy, Plan
 
 
 def require(site: Site, plan: Plan) -> None:
     """Checks that the hospital agreed to a plan. The hospital's own limits win over any approval.
 
     Raises:
-        Refusal: code ``seeded_noise`` or ``not_approved``.
+        Refusal: code ``seeded_noise``, ``no_privacy`` or ``not_approved``.
     """
+    is_exact = isinstance(plan.privacy, NoPrivacy)
+    if is_exact and site.settings.data == "private" and not site.settings.unsafe_allow_no_privacy:
+        raise Refusal("no_privacy")
     if plan.randomness == "seeded" and not site.settings.unsafe_allow_seeded_noise:
         raise Refusal("seeded_noise")
     if site.settings.approve != "all" and not is_approved(site, plan):

@@ -164,11 +164,17 @@ class Ledger:
             row = dict(zip(names, values, strict=True))
             number, recorded, before = row.pop("number"), row.pop("hash"), row.pop("previous_hash")
             if number != expected_number or before != previous or recorded != _hash(row, previous):
-                raise StateError(
-                    f"Expected an unbroken chain of charges in {self._path}, found row {number} changed or a "
-                    "row before it missing; restore the ledger from a backup. Nothing is released until then."
-                )
+                raise StateError(self._broken(f"row {number} changed or a row before it missing"))
             previous = recorded
+        query = "SELECT COUNT(*) FROM outcomes WHERE task NOT IN (SELECT task FROM charges)"
+        if self._database.execute(query).fetchone()[0]:
+            raise StateError(self._broken("the outcome of a charge that is missing"))
+
+    def _broken(self, found: str) -> str:
+        return (
+            f"Expected an unbroken chain of charges in {self._path}, found {found}; restore the ledger from "
+            "a backup. Nothing is released until then."
+        )
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:

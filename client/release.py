@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from client import approval, replies
+from client.files import private_directory
 from client.ledger import Charge, Ledger, Outcome
 from client.replies import Reply
 from client.site import Site
@@ -38,7 +39,7 @@ def once(
         Refusal: not approved, over budget, repeated too often, or released before and gone.
     """
     approval.require(site, plan)
-    directory = site.state / "replies"
+    directory = private_directory(site.state) / "replies"
     if spend is None:
         return replies.load(directory, task.identity) or _stored(directory, task, work())
     with open_ledger(site) as ledger:
@@ -91,9 +92,9 @@ def _charge(site: Site, plan: Plan, task: Task, part: str, spend: Spend) -> Char
 @contextmanager
 def open_ledger(site: Site) -> Iterator[Ledger]:
     """Opens the site's ledger, making it at the first use."""
-    site.state.mkdir(mode=0o700, parents=True, exist_ok=True)
     settings = site.settings
-    ledger = Ledger(site.state / "ledger.sqlite", max_epsilon=settings.max_epsilon, delta=settings.delta)
+    path = private_directory(site.state) / "ledger.sqlite"
+    ledger = Ledger(path, max_epsilon=settings.max_epsilon, delta=settings.delta)
     try:
         yield ledger
     finally:

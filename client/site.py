@@ -49,6 +49,7 @@ class SiteSettings(Value):
     max_epsilon: Annotated[float, Field(ge=0, le=1e6)]
     delta: Annotated[float, Field(gt=0, lt=0.1)]
     unsafe_allow_seeded_noise: bool
+    unsafe_allow_no_privacy: bool
     approve: Literal["all", "none"]
     max_repeats: Annotated[int, Field(ge=0, le=100)]
     threads: Annotated[int, Field(ge=1, le=256)]

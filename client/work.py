@@ -15,6 +15,7 @@ from torch import nn
 
 from client import approval, evaluation, release, replies, training
 from client.cohort import Cohort, Part, open_cohort
+from client.files import private_directory
 from client.noise import Key, secure_key, seeded_key
 from client.replies import Reply
 from client.site import Site
@@ -75,7 +76,8 @@ def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
         fields = {"weight": _weight(site, plan, part), "train_loss": trained.train_loss}
         return Reply(arrays={"update": trained.update}, fields=fields)
 
-    spend = chosen.training(plan.training.local_steps)
+    is_exact = isinstance(plan.privacy, NoPrivacy)
+    spend = None if is_exact else chosen.training(plan.training.local_steps)
     _require_shape(network, task)
     reply = release.once(site, plan, task, part="train", spend=spend, work=work)
     loss = reply.fields["train_loss"]
@@ -210,7 +212,7 @@ def _keep_scores(site: Site, task: Task, exact: Scores) -> None:
 @contextmanager
 def _progress(site: Site, plan: Plan, task: Task) -> Iterator[Callable[[int, int], None]]:
     """Shows the site's own people how far a round is: ``state/progress.json``."""
-    path = site.state / "progress.json"
+    path = private_directory(site.state) / "progress.json"
 
     def on_step(step: int, steps: int) -> None:
         path.write_text(
@@ -221,4 +223,4 @@ def _progress(site: Site, plan: Plan, task: Task) -> Iterator[Callable[[int, int
 
 
 def _trail(site: Site) -> Trail:
-    return Trail(site.state / "events.jsonl")
+    return Trail(private_directory(site.state) / "events.jsonl")

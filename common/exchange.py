@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -118,7 +119,7 @@ def read_task(record: RecordDict) -> Task:
         arrays = record.array_records.get("arrays")
         parameters = _content(arrays["parameters"]) if arrays is not None else np.zeros(0, np.float32)
         task = Task(
-            run=_text(fields["run"]),
+            run=_run(fields["run"]),
             plan_hash=_text(fields["plan-hash"]),
             server_round=_count(fields["server-round"]),
             purpose=_text(fields["purpose"]),  # type: ignore[arg-type]
@@ -318,6 +319,14 @@ def _content(array: Array) -> FloatArray:
     if array.data[10:start].decode("latin1").rstrip() != header:
         raise ValueError(f"expected an npy file with the header {header}")
     return np.frombuffer(array.data, dtype, offset=start).reshape(shape).copy()
+
+
+def _run(value: object) -> str:
+    """A run's id names folders at the site, so it must not lead anywhere else."""
+    run = _text(value)
+    if not re.fullmatch(r"[\w-][\w.-]*", run):
+        raise ValueError("expected a run id of letters, digits, '-', '_' and '.'")
+    return run
 
 
 def _text(value: object) -> str:

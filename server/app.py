@@ -12,6 +12,7 @@ from safetensors.numpy import save_file
 
 from common import model
 from common.errors import QuorumNotReached
+from common.flower import shorten_backoff
 from common.plan import Plan
 from common.trail import Trail
 from server import checkpoint
@@ -26,6 +27,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Runs the plan of the run config; a run that was interrupted goes on from its last checkpoint."""
+    shorten_backoff()
     plan = Plan.from_json(str(context.run_config["plan"]))
     run = str(context.run_config["run"])
     coordinate(grid, plan, run=run, directory=run_directory(run), engine=engine())

@@ -14,6 +14,7 @@ from common.flower import ErrorCode
 _SHORTEST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.25
 _PAUSE_FRACTION = 0.02  # of the time waited so far: what polling may add to a round
+_PAUSE_TO_POLL = 2.0  # of the time that the last look took: polling must not keep the SuperLink from its work
 _PUSH_AGAIN_SECONDS = 1.0
 # What Flower answers itself when a node was away: the task is lost, the site may be back.
 _LOST = {ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE}
@@ -51,6 +52,7 @@ class Mailbox:
         end = start + deadline_seconds
         while (pending or again) and time.monotonic() < end:
             arrived = False
+            began = time.monotonic()
             for message_id, message in list(pending.items()):
                 reply = self._pull(message_id)
                 if reply is None:
@@ -67,7 +69,8 @@ class Mailbox:
             if due:
                 pending |= self._push([again.pop(node)[1] for node in due])
             if not arrived:
-                pause = (time.monotonic() - start) * _PAUSE_FRACTION
+                now = time.monotonic()
+                pause = max((now - start) * _PAUSE_FRACTION, (now - began) * _PAUSE_TO_POLL)
                 time.sleep(min(max(pause, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS))
         for message_id, message in pending.items():
             metadata = message.metadata

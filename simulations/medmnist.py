@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from common.errors import DataError
 
 REMEDY = "download it again from medmnist.com"
 MAX_DRAWS = 1000
+
+# What numpy and zipfile raise on a file that is damaged, of another kind, encrypted or of pickled objects.
+_UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, TypeError, RuntimeError)
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -88,12 +92,13 @@ def _arrays(file: Path, *, names: list[str]) -> dict[str, NDArray[Any]]:
     if not file.is_file():
         raise DataError(f"Expected a MedMNIST file at {file}, found none; {REMEDY}, or set data.file.")
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        # opened here, since numpy leaves a file open that is no archive
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             missing = [name for name in names if name not in archive]
             if missing:
                 raise DataError(f"Expected the array {missing[0]} in {file}, found none; {REMEDY}.")
             return {name: archive[name] for name in names}
-    except (zipfile.BadZipFile, ValueError, OSError, EOFError, TypeError) as error:
+    except _UNREADABLE as error:
         raise DataError(
             f"Expected a MedMNIST .npz file, found {file} unreadable ({error}); {REMEDY}."
         ) from None

@@ -57,6 +57,7 @@ def settings(*, name: str, num_patients: int, max_epsilon: float, delta: float) 
         "max_epsilon": max_epsilon,
         "delta": delta,
         "unsafe_allow_seeded_noise": True,
+        "unsafe_allow_no_privacy": True,
         "approve": "all",
         "max_repeats": 2,
         "threads": 1,

@@ -33,7 +33,7 @@ def write_site(
 
     The ``k``-th patient is of class ``k`` modulo the number of classes; the higher the class, the brighter
     the square in the images. Settings are those of a new site (``client/skeleton.py``) that approves every
-    plan, split in 0.6, 0.2, 0.2, with changes such as ``max_epsilon=1.0`` or ``role="evaluation"``.
+    plan, also one without privacy, and is split in 0.6, 0.2, 0.2; with changes such as ``max_epsilon=1.0``.
     """
     (directory / "images").mkdir(parents=True)
     rng = np.random.default_rng([seed, *name.encode()])
@@ -60,5 +60,9 @@ def _write_image(path: Path, rng: np.random.Generator, *, size: int, brightness:
 
 def _write_settings(directory: Path, *, name: str, num_patients: int, changes: dict[str, Any]) -> None:
     settings = yaml.safe_load(skeleton.SETTINGS.format(name=name, nominal_patients=num_patients))
-    settings |= {"approve": "all", "split": {"train": 0.6, "validation": 0.2, "test": 0.2}}
+    settings |= {
+        "approve": "all",
+        "unsafe_allow_no_privacy": True,
+        "split": {"train": 0.6, "validation": 0.2, "test": 0.2},
+    }
     (directory / "site.yaml").write_text(yaml.safe_dump(settings | changes), encoding="utf-8")

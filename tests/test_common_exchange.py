@@ -124,7 +124,7 @@ def test_task_without_parameters_has_no_arrays() -> None:
 
 
 @given(
-    st.text(max_size=20),
+    st.from_regex(r"[\w-][\w.-]{0,20}", fullmatch=True),
     st.integers(0, 2**53 - 1),
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=5),
 )
@@ -176,6 +176,13 @@ def test_task_without_a_field_is_malformed(field: str) -> None:
     [
         ("run", 7),
         ("run", "x" * 257),
+        ("run", ""),
+        ("run", "../up"),
+        ("run", "/tmp"),
+        ("run", ".."),
+        ("run", "a/b"),
+        ("run", "a\n"),
+        ("run", "a b"),
         ("server-round", -1),
         ("server-round", "3"),
         ("server-round", True),

@@ -34,8 +34,9 @@ def written(path: Path, device: Scanner, *, seed: int = 0, instance: int = 1) ->
 
 def shown(path: Path) -> np.ndarray:
     """What the hospital's reader makes of a file, from 0 (dark) to 1."""
-    array = images.read(path).array[0]
-    return (array - array.min()) / (array.max() - array.min())
+    array: np.ndarray = images.read(path).array[0]
+    picture: np.ndarray = (array - array.min()) / (array.max() - array.min())
+    return picture
 
 
 @pytest.mark.parametrize("index", range(6))
@@ -162,7 +163,8 @@ def test_points_turn_with_the_patient() -> None:
     points = np.array([[0.5, 0.0, 1.0]], np.float32)
     pose = Pose(angle_radians=np.pi / 2, scale=0.5)
     # 0.5 to the right, turned by a quarter towards the feet, at half the scale.
-    assert np.allclose(to_pixels(points, pose=pose, size=100), [[49.5, 62.0, 1.0]], atol=1e-5)
+    expected = np.array([[49.5, 62.0, 1.0]])
+    assert np.allclose(to_pixels(points, pose=pose, size=100), expected, atol=1e-5)
 
 
 def test_splat_keeps_the_sum_of_weights_and_the_place() -> None:
@@ -191,7 +193,7 @@ def test_blur_of_an_impulse_has_the_asked_width() -> None:
 def test_line_is_evenly_spaced_along_its_corners() -> None:
     points = line([(0, 0), (0.3, 0), (0.3, 0.4)], weight=2.0)
     steps = np.hypot(*np.diff(points[:, :2], axis=0).T)
-    assert np.allclose(points[[0, -1], :2], [[0, 0], [0.3, 0.4]], atol=1e-6)
+    assert np.allclose(points[[0, -1], :2], np.array([[0, 0], [0.3, 0.4]]), atol=1e-6)
     assert np.allclose(points[:, 2], 2.0)
     assert steps.max() < 1.05 / 128 * 1.1
 

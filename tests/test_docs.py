@@ -1,0 +1,194 @@
+"""What the documents state is true of the code: fields that leave, codes, tests, files, links."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from flwr.app import Context, Message, RecordDict
+
+from client import app, rehearsal, skeleton, worker
+from client.agent import SUPERSEDED
+from client.site import SiteSettings
+from common import exchange, flower
+from common.exchange import Task
+from common.plan import Plan
+from tests import plans
+from tests.sites import write_site
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PRIVACY = (DOCS / "privacy.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted(DOCS.rglob("*.md"))]
+NODE_ID = 7
+
+
+def table(text: str, name: str) -> list[list[str]]:
+    """Returns the cells of the rows of the table that is marked with its name."""
+    lines = text.partition(f"<!-- table: {name} -->\n")[2].splitlines()
+    rows = [line for line in lines[: lines.index("")] if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def quoted(cell: str) -> list[str]:
+    """Returns the words in backticks of a cell."""
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def test_a_table_is_read_by_its_mark() -> None:
+    text = "x\n<!-- table: codes -->\n| a | b |\n|---|---|\n| `c`, `d` | e |\n\n| f |\n"
+    assert table(text, "codes") == [["`c`, `d`", "e"]] and quoted("`c`, `d`") == ["c", "d"]
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
+    """Message and field of everything that left a site: rehearsals of every kind, a refusal, an error."""
+    directory = tmp_path_factory.mktemp("sites")
+    north = write_site(directory / "north", unsafe_allow_no_privacy=True)
+    public = {"train": 0.0, "validation": 0.0, "test": 1.0}
+    east = write_site(directory / "east", name="east", role="evaluation", data="public", split=public)
+    quick = {"preprocessing": "grey28", "training__local_steps": 1, "training__expected_batch": 4}
+    private, exact = plans.plan(**quick), plans.plan(**quick, privacy="none")
+    found = set()
+    for site, plan in ((north, private), (north, exact), (east, private)):
+        rehearsed = rehearsal.rehearse(site, plan)
+        assert rehearsed.status == "approved", rehearsed.reason
+        found |= {(field.message.partition(" ")[0], field.field) for field in rehearsed.fields}
+    refusal = asked(write_site(directory / "south", name="south", approve="none").directory, private)
+    found |= {("refused", field.field) for field in rehearsal.fields("refused", refusal.content)}
+    error = worker.error_reply(refusal, worker.APP_FAILED).error
+    return found | {("error", f"error.{name.removeprefix('_')}") for name in vars(error)}
+
+
+def asked(site: Path, plan: Plan) -> Message:
+    """Returns a site's real reply to a training task."""
+    flower.set_identity(1, node_id=1)
+    parameters = np.zeros(3, np.float32)
+    task = Task(run="r", plan_hash=plan.hash, server_round=1, purpose="train", part="", parameters=parameters)
+    message = Message(exchange.task_record(task), NODE_ID, exchange.TRAIN, group_id="1", ttl=60)
+    flower.assign_id(message)
+    context = Context(
+        run_id=1,
+        node_id=NODE_ID,
+        node_config={"site": str(site)},
+        state=RecordDict(),
+        run_config={"plan": plan.to_json(), "run": "r"},
+    )
+    reply: Message = app.app(message=message, context=context)
+    return reply
+
+
+def test_the_table_of_fields_is_what_leaves_a_site(left: set[tuple[str, str]]) -> None:
+    documented = {(row[0], *quoted(row[1])) for row in table(PRIVACY, "fields")}
+    assert documented == left
+
+
+def test_every_field_states_sensitivity_mechanism_and_charge() -> None:
+    for row in table(PRIVACY, "fields"):
+        assert len(row) == 6 and all(row), row
+
+
+def test_the_table_of_metadata_is_what_crosses_the_wire(tmp_path: Path) -> None:
+    reply = asked(write_site(tmp_path / "north", approve="none").directory, plans.plan())
+    flower.assign_id(reply)
+    sent = {field.name for field, _ in flower.message_to_proto(reply).metadata.ListFields()}
+    every = {field.name for field in flower.message_to_proto(reply).metadata.DESCRIPTOR.fields}
+    documented = {name for row in table(PRIVACY, "metadata") for name in quoted(row[0])}
+    assert sent <= documented == every
+
+
+def literals(function: str, *, of: list[Path]) -> set[str]:
+    """Returns the texts that a function is called with first, in these files; ``...`` for what is put in."""
+    found = set()
+    for call in calls(of):
+        if call.args and ast.unparse(call.func).rpartition(".")[2] == function:
+            found |= texts(call.args[0])
+    return found
+
+
+def calls(files: list[Path]) -> Iterator[ast.Call]:
+    for path in files:
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        yield from (node for node in nodes if isinstance(node, ast.Call))
+
+
+def texts(node: ast.expr) -> set[str]:
+    match node:
+        case ast.Constant(value=str(text)):
+            return {text}
+        case ast.IfExp(body=first, orelse=second):
+            return texts(first) | texts(second)
+        case ast.JoinedStr(values=[ast.Constant(value=str(text)), *_]):
+            return {f"{text}..."}
+        case _:
+            return set()
+
+
+def test_every_code_that_a_site_sends_is_explained() -> None:
+    files = [*sorted((ROOT / "client").glob("*.py")), ROOT / "common" / "exchange.py"]
+    sent = literals("Refusal", of=files) | literals("refusal_record", of=files)
+    sent |= set(worker.CODES) | {SUPERSEDED}
+    documented = [name for row in table(PRIVACY, "site codes") for name in quoted(row[0])]
+    assert set(documented) == sent and len(documented) == len(sent)
+
+
+def test_every_code_that_the_coordinator_writes_is_explained() -> None:
+    files = [*sorted((ROOT / "server").glob("*.py")), ROOT / "common" / "exchange.py"]
+    written = literals("InvalidReply", of=files)
+    text = (ROOT / "server" / "rounds.py").read_text(encoding="utf-8")
+    written |= set(re.findall(r'isinstance\(problem, InvalidReply\) else "(\w+)"', text))
+    documented = [name for row in table(PRIVACY, "server codes") for name in quoted(row[0])]
+    assert set(documented) == written and len(documented) == len(written)
+
+
+TESTS = {
+    node.name
+    for path in (ROOT / "tests").glob("test_*.py")
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    if isinstance(node, ast.FunctionDef)
+}
+
+
+def test_every_pitfall_has_a_severity_and_a_test_that_exists() -> None:
+    lines = (DOCS / "pitfalls.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.strip("|").split("|") for line in lines if line.startswith("|") and "`test_" in line]
+    assert len(rows) > 40
+    for _, severity, _, test in rows:
+        assert severity.strip() in {"patients", "result", "run", "people"}
+        assert set(quoted(test)) <= TESTS, test
+
+
+def test_decisions_are_numbered_without_gap_and_short() -> None:
+    decisions = sorted((DOCS / "decisions").glob("*.md"))
+    for number, path in enumerate(decisions, start=1):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert path.name.startswith(f"{number:03d}-") and lines[0].startswith(f"# {number:03d} ")
+        assert len(lines) <= 30, path.name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_to_files_that_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_of_ours_that_are_named_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    pattern = r"(?<![\w/.-])((?:client|server|common|simulations|conf|tests|docs|benchmarks)/[\w./-]*\w)"
+    for name in re.findall(pattern, text):
+        assert (ROOT / name).exists(), name
+
+
+def test_settings_of_a_site_in_conf_are_those_that_init_writes(tmp_path: Path) -> None:
+    template = (ROOT / "conf" / "client.yaml").read_text(encoding="utf-8")
+    settings = yaml.safe_load(template.format(name="north", nominal_patients=84))
+    skeleton.complete(tmp_path / "north", name="north", nominal_patients=84)
+    assert settings == yaml.safe_load((tmp_path / "north" / "site.yaml").read_text(encoding="utf-8"))
+    assert set(settings) == set(SiteSettings.model_fields)
