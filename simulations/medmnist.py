@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,6 @@ from common.errors import DataError
 
 REMEDY = "download it again from medmnist.com"
 MAX_DRAWS = 1000
-
-# What numpy and zipfile raise on a file that is damaged, of another kind, encrypted or of pickled objects.
-_UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, OSError, EOFError, TypeError, RuntimeError)
 
 Images = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -98,9 +93,12 @@ def _arrays(file: Path, *, names: list[str]) -> dict[str, NDArray[Any]]:
             if missing:
                 raise DataError(f"Expected the array {missing[0]} in {file}, found none; {REMEDY}.")
             return {name: archive[name] for name in names}
-    except _UNREADABLE as error:
+    except DataError:
+        raise
+    except Exception as error:  # numpy and zipfile raise anything on damaged bytes
         raise DataError(
-            f"Expected a MedMNIST .npz file, found {file} unreadable ({error}); {REMEDY}."
+            f"Expected a MedMNIST .npz file, found {file} unreadable ({type(error).__name__}: {error}); "
+            f"{REMEDY}."
         ) from None
 
 

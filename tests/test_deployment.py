@@ -37,6 +37,7 @@ pytestmark = [
 ROOT = Path(__file__).resolve().parents[1]
 BINARIES = Path(sys.executable).parent
 SITES = ("north", "south")
+REAL_SITES = (*SITES, "west")
 AGENT = """
 import logging, signal, sys
 from pathlib import Path
@@ -343,11 +344,13 @@ def test_a_new_supervisor_ends_what_a_killed_one_has_left(federation: Federation
 
 @pytest.fixture(scope="module")
 def real(federation: Federation) -> Federation:
-    """The same federation with Feverfew's own apps, started by the hospitals' own command."""
+    """The same federation and a third site, with Feverfew's own apps, by the hospitals' own command."""
     for name in SITES:
         federation.stop(name)
+    federation.add_site(REAL_SITES[-1])
+    for name in REAL_SITES:
         federation.spawn(name, BINARIES / "feverfew-client", "run", name)
-    wait_for(lambda: list(federation.status.sites.values()) == ["online"] * 2, what="sites online")
+    wait_for(lambda: list(federation.status.sites.values()) == ["online"] * 3, what="sites online")
     return federation
 
 
@@ -359,38 +362,39 @@ def _plan(federation: Federation, **changes: Any) -> Path:
 
 
 @pytest.mark.parametrize("privacy", ["none", "dp_sgd"])
-def test_deployment_and_simulation_end_in_the_same_bits(
+def test_all_engines_end_in_the_same_bits(
     real: Federation, privacy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, run = _plan(real, privacy=privacy), f"same-{privacy.replace('_', '-')}"
-    copies = real.directory / run
-    for name in SITES:
-        left_out = shutil.ignore_patterns("state", "cache", "*.log")
-        shutil.copytree(real.directory / name, copies / name, ignore=left_out)
+    path, run = _plan(real, privacy=privacy, sites=3), f"same-{privacy.replace('_', '-')}"
     told = real.verb("feverfew-server", "submit", "home", path, "--run", run, "--json")
     assert told.returncode == 0, told.stderr
-    deployed = Path(json.loads(told.stdout)["directory"])
-    simulated = copies / "run"
-    simulated.mkdir()
-    monkeypatch.setenv(RUN_DIRECTORY, str(simulated))
+    model = (Path(json.loads(told.stdout)["directory"]) / "model.safetensors").read_bytes()
     plan = Plan.from_json(path.read_text())
-    engine.run(
-        plan,
-        [open_site(copies / name) for name in SITES],
-        run=run,
-        name="local",
-        workers=1,
-        directory=simulated,
-    )
-    models = [(place / "model.safetensors").read_bytes() for place in (deployed, simulated)]
-    assert models[0] == models[1]
-    for name in SITES:
-        delivered = list((real.directory / name / "state").rglob("*.safetensors"))
-        assert delivered, "the final model is at the site"
+    for name, workers in (("local", 1), ("local", 2), ("flower", 2)):
+        assert _simulated(real, plan, run=run, engine_name=name, workers=workers, patch=monkeypatch) == model
+    for name in REAL_SITES:
+        delivered = real.directory / name / "state" / "models" / run / "model.safetensors"
+        assert delivered.read_bytes() == model, "the final model is at the site"
+
+
+def _simulated(
+    real: Federation, plan: Plan, *, run: str, engine_name: str, workers: int, patch: pytest.MonkeyPatch
+) -> bytes:
+    """Runs a plan over copies of the sites, without their state; returns the final model's file."""
+    copies = real.directory / f"{run}-{engine_name}-{workers}"
+    for name in REAL_SITES:
+        left_out = shutil.ignore_patterns("state", "cache", "*.log")
+        shutil.copytree(real.directory / name, copies / name, ignore=left_out)
+    directory = copies / "run"
+    directory.mkdir()
+    patch.setenv(RUN_DIRECTORY, str(directory))
+    opened = [open_site(copies / name) for name in REAL_SITES]
+    engine.run(plan, opened, run=run, name=engine_name, workers=workers, directory=directory)
+    return (directory / "model.safetensors").read_bytes()
 
 
 def test_a_run_without_a_quorum_has_exit_code_1_and_says_why(real: Federation) -> None:
-    path = _plan(real, privacy="none", classes=["no", "such"])
+    path = _plan(real, privacy__target_epsilon=50.0)  # over every site's budget
     told = real.verb("feverfew-server", "submit", "home", path)
     assert told.returncode == 1 and "did not finish" in told.stderr, told.stderr
 

@@ -317,20 +317,35 @@ def test_missing_or_broken_file_is_refused(tmp_path: Path) -> None:
     content = file.read_bytes()
     one = io.BytesIO()
     np.save(one, np.zeros(3))
-    for broken in (b"", b"no archive", content[: len(content) // 2], one.getvalue(), _flipped(file)):
+    for broken in (b"", b"no archive", content[: len(content) // 2], one.getvalue()):
         file.write_bytes(broken)
         with pytest.raises(DataError, match="unreadable"):
             medmnist.read(file, num_classes=3)
     assert not (tmp_path / "sites").exists()
 
 
-def _flipped(file: Path) -> bytes:
-    """A compressed archive with one damaged byte in its data."""
-    with np.load(archive(file)) as arrays:
+def test_any_damaged_byte_gives_an_error_that_a_person_can_read_or_none(tmp_path: Path) -> None:
+    file = archive(tmp_path / "small.npz")
+    with np.load(file) as arrays:
         np.savez_compressed(file, **dict(arrays))
-    content = bytearray(file.read_bytes())
-    content[len(content) // 3] ^= 0xFF
-    return bytes(content)
+    content, refused = file.read_bytes(), 0
+    positions = range(0, len(content), 23)
+    for position in positions:
+        damaged = bytearray(content)
+        damaged[position] ^= 0xFF
+        file.write_bytes(damaged)
+        try:
+            medmnist.read(file, num_classes=3)
+        except DataError:
+            refused += 1
+    assert refused > len(positions) / 2
+
+
+def test_source_keeps_the_minimum_of_cases_at_every_site(tmp_path: Path) -> None:
+    labels = np.repeat([0, 1, 2], 40)
+    for seed in range(10):
+        source = mnist(tmp_path / "unused", partition="dirichlet", alpha=0.4, min_cases=25, seed=seed)
+        assert min(len(cases) for cases in source.divided(labels)) >= 25
 
 
 def test_iid_division_takes_every_case_once_in_equal_shares() -> None:
