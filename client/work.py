@@ -212,7 +212,7 @@ def _keep_scores(site: Site, task: Task, exact: Scores) -> None:
 @contextmanager
 def _progress(site: Site, plan: Plan, task: Task) -> Iterator[Callable[[int, int], None]]:
     """Shows the site's own people how far a round is: ``state/progress.json``."""
-    path = private_directory(site.state) / "progress.json"
+    path = site.state / "progress.json"
 
     def on_step(step: int, steps: int) -> None:
         path.write_text(

@@ -15,9 +15,9 @@ def summary_table(report: Report) -> Table:
         title=Text(f"{report.study}: {page.STATUS_WORDS[report.status].lower()}"), caption=_caption(report)
     )
     for name in ("site", "role"):
-        table.add_column(name)
-    for name in ("cases used", "AUROC", "95 % interval", _epsilon_heading(report), "valid rounds"):
-        table.add_column(name, justify="right")
+        table.add_column(name, no_wrap=True)
+    for name in ("cases", "AUROC", "95 % interval", _epsilon_heading(report), "rounds"):
+        table.add_column(name, justify="right", no_wrap=True)
     for site in report.participation:
         table.add_row(*(Text(cell) for cell in _row(report, site)))
     return table

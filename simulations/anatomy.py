@@ -61,9 +61,9 @@ class Difficulty:
     """
 
     num_opacities: tuple[int, int] = (1, 4)
-    contrast: tuple[float, float] = (0.05, 1.0)
+    contrast: tuple[float, float] = (0.25, 1.0)
     radius: tuple[float, float] = (0.08, 0.26)
-    severity_exponent: float = 0.5
+    severity_exponent: float = 0.35
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from simulations.anatomy import NO_POINTS, Anatomy, Points, random_pose
 from simulations.projection import blur, density, line, splat, to_pixels
 
 # Changes whenever the same numbers give other pixels or headers; sites of another version are remade.
-VERSION = 1
+VERSION = 2
 
 CLASS_NAMES = ("normal", "opacity")
 # How wide a part of the patient the numbers in ``simulations/anatomy.py`` take as their field of view.

@@ -418,7 +418,7 @@ def test_no_text_of_an_error_ever_leaves_the_site(tmp_path: Path, purpose: str) 
     for site in failing_sites(tmp_path):
         message = Message(exchange.task_record(task_of(asked, purpose)), 7, TYPES[purpose])
         reply = app(message, context(site, asked))
-        assert b"4711" not in text_of(reply)
+        assert b"Patient" not in text_of(reply)
         codes.append(str(reply.content.config_records.get("refused", {}).get("code", "")))
     assert set(codes) <= {"site_error", "incompatible_plan", ""}
     assert codes[4:] == ["incompatible_plan", "site_error"]
@@ -478,6 +478,13 @@ def test_name_of_a_run_cannot_lead_out_of_the_state_directory(site: Site, run: s
     after = {path for path in site.directory.parent.rglob("*") if site.state not in path.parents}
     assert {path.name for path in after - before} <= {"cache", "cohort.json", "state", "quarantine.csv"}
     assert not Path("/tmp/escaped").exists()
+
+
+@pytest.mark.parametrize("purpose", ["prepare", "train", "evaluate", "deliver"])
+def test_state_can_be_read_by_its_owner_only_whatever_came_first(site: Site, purpose: str) -> None:
+    asked = open_plan()
+    exchange.require_accepted(answer(site, asked, task_of(asked, purpose)))
+    assert site.state.stat().st_mode & 0o077 == 0
 
 
 def test_site_keeps_its_exact_scores_for_itself(site: Site) -> None:

@@ -113,7 +113,7 @@ def test_batches_of_a_step_add_up_and_the_next_step_begins_at_zero() -> None:
 FLOATS = st.floats(-1e3, 1e3, width=32)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(FLOATS, FLOATS, st.integers(0, 1)), min_size=1, max_size=6),
     st.lists(st.tuples(FLOATS, FLOATS, st.integers(0, 1)), min_size=1, max_size=4),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -121,6 +121,7 @@ def test_every_bin_is_noised_also_where_nobody_is() -> None:
     assert (counts != 0).all()
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 5), max_size=5), st.integers(1, 6), st.sampled_from([2, 3, 4]))
 def test_one_patient_more_moves_the_histogram_by_the_sensitivity_at_most(
     others: list[int], cases: int, num_classes: int

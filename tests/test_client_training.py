@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -397,6 +397,7 @@ def test_steps_are_told_as_they_are_done() -> None:
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(1, 6), max_size=8), st.integers(1, 4), st.integers(1, 9), st.sets(st.integers(0, 7))
 )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import exchange
@@ -123,6 +123,7 @@ def test_task_without_parameters_has_no_arrays() -> None:
     assert exchange.read_task(record).parameters.shape == (0,)
 
 
+@settings(deadline=None)
 @given(
     st.from_regex(r"[\w-][\w.-]{0,20}", fullmatch=True),
     st.integers(0, 2**53 - 1),
@@ -383,6 +384,7 @@ def test_bytes_that_numpy_writes_for_the_declared_array_are_taken() -> None:
     assert read_update(record).values.tolist() == VALUES.tolist()
 
 
+@settings(deadline=None)
 @given(st.integers(0, 200), st.binary(min_size=1, max_size=8))
 def test_changed_bytes_of_an_array_are_rejected_or_change_its_values(position: int, patch: bytes) -> None:
     data = bytearray(Array(VALUES).data)

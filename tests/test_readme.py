@@ -25,7 +25,7 @@ from common.config import compose_plan, plain, plan_of
 from server.__main__ import _parser as server_parser
 from server.report import Report
 from simulations.settings import settings_of, source_of
-from tests.test_docs import quoted, table
+from tests.test_docs import DOCUMENTS, quoted, table
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -38,7 +38,7 @@ MARK = re.compile(r'<!-- run (?P<order>\d+): (?P<terminal>\w+)(?:, until "(?P<un
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A shell block. ``order`` is 0 where it is only to be read; ``until`` is what a daemon says when ready."""
+    """A shell block; ``order`` is 0 where it is only to be read, ``until`` what a daemon says when ready."""
 
     order: int
     terminal: str
@@ -144,7 +144,7 @@ def test_the_table_of_groups_is_conf() -> None:
     assert documented == {path.name: {file.stem for file in path.glob("*.yaml")} for path in groups}
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=str)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_keys_that_are_named_exist(path: Path) -> None:
     with initialize_config_module("conf", version_base="1.3"):
         tree = plain(compose("simulation", overrides=["plan.sites=4"]))
