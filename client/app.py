@@ -20,25 +20,25 @@ logger = logging.getLogger("feverfew.site")
 app = ClientApp()
 
 
-@app.query("prepare")
+@app.query("prepare")  # type: ignore[untyped-decorator]
 def prepare(message: Message, context: Context) -> Message:
     """Answers whether this site takes part, with its public constants."""
     return _answer(message, context, _prepare)
 
 
-@app.train()
+@app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """Trains one round; charged before it begins, stored before it is sent."""
     return _answer(message, context, _train)
 
 
-@app.evaluate()
+@app.evaluate()  # type: ignore[untyped-decorator]
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluates the global model; charged before it begins, stored before it is sent."""
     return _answer(message, context, _evaluate)
 
 
-@app.query("deliver")
+@app.query("deliver")  # type: ignore[untyped-decorator]
 def deliver(message: Message, context: Context) -> Message:
     """Keeps the final model."""
     return _answer(message, context, _deliver)

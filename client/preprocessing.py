@@ -32,8 +32,8 @@ def apply(image: Image, preprocessing: Preprocessing) -> np.ndarray:
     """Returns the case as the plan wants it: uint8, (channels, height, width), 255 stands for 1.0.
 
     Colour becomes grey by luminance; intensities are scaled between two percentiles of the image itself
-    (of all channels together) or two fixed values, and clipped; the size is changed bilinearly, with antialiasing where it
-    shrinks; grey is repeated for three channels. The same image gives the same bytes.
+    (of all channels together) or two fixed values, and clipped; the size is changed bilinearly, with
+    antialiasing where it shrinks; grey is repeated for three channels. The same image gives the same bytes.
 
     Raises:
         UnusableCase: ``no_contrast`` if both percentiles are the same value.

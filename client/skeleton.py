@@ -39,8 +39,8 @@ delta: 1.0e-4
 # Noise from a known seed protects nobody. For rehearsals with data that are not private.
 unsafe_allow_seeded_noise: false
 
-# A plan with privacy "none" sends exact updates and scores: no budget limits what they tell. Only for data that
-# may be known.
+# A plan with privacy "none" sends exact updates and scores: no budget limits what they tell. Only for data
+# that may be known.
 unsafe_allow_no_privacy: false
 
 # none: a person approves every plan with feverfew-client approve. all: every plan within the limits above is

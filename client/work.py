@@ -65,6 +65,7 @@ def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
     """
     if site.settings.role != "training":
         raise Refusal("evaluation_only")
+    approval.require(site, plan)
     chosen = _mechanism(site, plan)
     part = _cohort(site, plan).parts["train"]
 
@@ -97,6 +98,7 @@ def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Score
     """
     if task.part not in ("validation", "test") or task.part not in site.settings.split.parts:
         raise Refusal("no_such_part")
+    approval.require(site, plan)
     part = _cohort(site, plan).parts[task.part]
     is_exact = sends_exact_scores(plan, data=site.settings.data)
     chosen = _mechanism(site, plan)
@@ -107,8 +109,7 @@ def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Score
         exact = evaluation.scores(network, part, num_classes=num_classes)
         _keep_scores(site, task, exact)
         if is_exact:
-            arrays = {"scores": exact.scores, "targets": exact.targets, "weights": exact.weights}
-            return Reply(arrays=arrays, fields={"noise_std": 0.0})
+            return Reply(arrays=exact.arrays, fields={"noise_std": 0.0})
         histogram, std = evaluation.noised_histogram(
             exact,
             bins=plan.evaluation.bins,
@@ -205,8 +206,7 @@ def _keep_scores(site: Site, task: Task, exact: Scores) -> None:
     """Keeps the exact scores at the site, for its own report."""
     directory = site.state / "scores" / task.run
     directory.mkdir(parents=True, exist_ok=True)
-    arrays = {"scores": exact.scores, "targets": exact.targets, "weights": exact.weights}
-    (directory / f"{task.part}.safetensors").write_bytes(save(arrays))
+    (directory / f"{task.part}.safetensors").write_bytes(save(exact.arrays))
 
 
 @contextmanager

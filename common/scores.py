@@ -109,6 +109,11 @@ class Scores:
     def num_heads(self) -> int:
         return int(self.scores.shape[1])
 
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The three arrays by name, as they are sent and stored."""
+        return {"scores": self.scores, "targets": self.targets, "weights": self.weights}
+
     def __add__(self, other: Scores) -> Scores:
         """Concatenates the cases of two sites; a patient who is at both counts twice."""
         if self.num_heads != other.num_heads:

@@ -24,7 +24,7 @@ from server.strategy import FedAvg
 app = ServerApp()
 
 
-@app.main()
+@app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Runs the plan of the run config; a run that was interrupted goes on from its last checkpoint."""
     shorten_backoff()

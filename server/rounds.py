@@ -94,8 +94,8 @@ class Rounds:
         arrays, measures = self._strategy.aggregate_train(server_round, replies)
         if len(valid) < plan.quorum or arrays is None or measures is None:
             raise QuorumNotReached(
-                f"Expected at least {plan.quorum} valid updates in round {server_round}, found {len(valid)} of "
-                f"{len(messages)} asked; {self._reasons()}. The model after round {server_round - 1} is kept."
+                f"Expected at least {plan.quorum} valid updates in round {server_round}, found "
+                f"{len(valid)} of {len(messages)} asked; {self._reasons()}. The model after round {server_round - 1} is kept."
             )
         loss = measures.get("train-loss")
         record_of_round = RoundRecord(

@@ -49,7 +49,7 @@ class FixedPointSum:
         return (self._sum / (self._scale * max(self._weight, 1))).astype(np.float32)
 
 
-class FedAvg(Strategy):
+class FedAvg(Strategy):  # type: ignore[misc]
     """Federated averaging of updates, streaming: memory does not grow with the number of sites.
 
     Source: McMahan et al. (2017), Communication-Efficient Learning of Deep Networks from

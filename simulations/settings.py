@@ -66,7 +66,9 @@ def source_of(data: Mapping[str, Any]) -> Source:
     if kind not in _SOURCES:
         raise ConfigError(f"data.source: expected one of {', '.join(_SOURCES)}, found {kind!r}.")
     if kind == "phantoms" and tuple(data["classes"]) != CLASS_NAMES:
-        raise ConfigError(f"data.classes: expected {list(CLASS_NAMES)} for phantoms, found {data['classes']}.")
+        raise ConfigError(
+            f"data.classes: expected {list(CLASS_NAMES)} for phantoms, found {data['classes']}."
+        )
     values = {key: value for key, value in data.items() if key not in ("source", "classes")}
     names = {field.name for field in fields(_SOURCES[kind])}
     if "class_names" in names:
@@ -84,4 +86,3 @@ def source_of(data: Mapping[str, Any]) -> Source:
 def num_sites(source: Source) -> int:
     """Returns the number of sites of a source."""
     return len(source.sites()) if isinstance(source, DirectorySource) else len(source.names())
-

@@ -139,8 +139,8 @@ class _locked:
         except Timeout as error:
             self.__exit__()
             raise ConfigError(
-                f"Expected sites that no other process uses, found {error.lock_file} held; wait for the other "
-                "run or set sites_directory."
+                f"Expected sites that no other process uses, found {error.lock_file} held; wait for "
+                "the other run or set sites_directory."
             ) from None
 
     def __exit__(self, *error: object) -> None:
