@@ -95,7 +95,8 @@ class Rounds:
         if len(valid) < plan.quorum or arrays is None or measures is None:
             raise QuorumNotReached(
                 f"Expected at least {plan.quorum} valid updates in round {server_round}, found "
-                f"{len(valid)} of {len(messages)} asked; {self._reasons()}. The model after round {server_round - 1} is kept."
+                f"{len(valid)} of {len(messages)} asked; {self._reasons()}. "
+                f"The model after round {server_round - 1} is kept."
             )
         loss = measures.get("train-loss")
         record_of_round = RoundRecord(
