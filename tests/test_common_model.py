@@ -191,7 +191,7 @@ def test_in_place_operations_and_dropout_are_taken_out() -> None:
     [
         {"model": "densenet121", "preprocessing": "grey28"},
         {"model": "efficientnet_b0", "preprocessing": "grey28"},
-        {"model__pool_sizes": (4, 4, 4), "preprocessing__size": (8, 8)},
+        {"model__pool_sizes": (4, 4), "preprocessing__size": (8, 8)},
     ],
 )
 def test_images_too_small_for_the_network_are_refused(changes: dict[str, Any]) -> None:

@@ -200,8 +200,8 @@ def test_several_problems_are_counted() -> None:
         ({"model": "article_cnn", "preprocessing": "rgb64", "classes": ("a", "b", "c")}, "two classes"),
         ({"privacy__noise_multiplier": 1.0}, "exactly one of target_epsilon and noise_multiplier"),
         ({"privacy__target_epsilon": None}, "exactly one of target_epsilon and noise_multiplier"),
-        ({"model__channels": (12, 16, 32)}, "divisible by groups=8"),
-        ({"model__channels": (16, 32)}, "one pool size for each of channels"),
+        ({"model__channels": (12, 16)}, "divisible by groups=16"),
+        ({"model__channels": (16, 32, 64)}, "one pool size for each of channels"),
         ({"preprocessing__lower": 99.0}, "lower < upper"),
     ],
 )
