@@ -2,60 +2,22 @@
 
 from __future__ import annotations
 
-import re
 import secrets
+from importlib import resources
 from pathlib import Path
 
 from client.site import read_settings
 from common import keys
 from common.errors import ConfigError, UserError
 
-SETTINGS = """\
-# The name under which the coordinator knows this hospital: a-z, 0-9 and '-', 40 characters at most.
-name: {name}
-
-# training: this site trains and evaluates. evaluation: it only evaluates finished models.
-role: training
-
-# private: everything that leaves is protected. public: open data; an evaluation site may then send exact
-# metrics.
-data: private
-
-# The expected number of patients in the training part, as a round number. It is public: sampling rate, noise
-# and charges follow from it, and never from the true number. Change it only with a new cohort.
-nominal_patients: {nominal_patients}
-
-# column: the column patient_id of cases.csv names the patient. case: every image is a patient of its own.
-patient_is: column
-
-# Fractions of the patients in each part. Permanent from the first use on: a patient never changes parts.
-split: {{train: 0.7, validation: 0.1, test: 0.2}}
-
-# The most privacy loss (epsilon at this delta) that all studies together may cost a patient. Work over it is
-# refused.
-max_epsilon: 3.0
-delta: 1.0e-4
-
-# Noise from a known seed protects nobody. For rehearsals with data that are not private.
-unsafe_allow_seeded_noise: false
-
-# A plan with privacy "none" sends exact updates and scores: no budget limits what they tell. Only for data
-# that may be known.
-unsafe_allow_no_privacy: false
-
-# none: a person approves every plan with feverfew-client approve. all: every plan within the limits above is
-# taken.
-approve: none
-
-# How often the same round with other parameters may be charged again, after the server lost its state.
-max_repeats: 2
-
-# Processor threads for training.
-threads: 1
-"""
-
-NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 CASES = "image,label,patient_id\n"
+
+
+def settings_text(*, name: str, nominal_patients: int | None) -> str:
+    """Returns the text of a new ``site.yaml``, from ``conf/client.yaml``, where every default is explained."""
+    template = resources.files("conf").joinpath("client.yaml").read_text(encoding="utf-8")
+    number = "" if nominal_patients is None else str(nominal_patients)
+    return template.format(name=name, nominal_patients=number)
 
 
 def complete(directory: Path, *, name: str, nominal_patients: int | None) -> list[Path]:
@@ -72,9 +34,8 @@ def complete(directory: Path, *, name: str, nominal_patients: int | None) -> lis
     made = [path for path in (directory, directory / "images", private) if not path.exists()]
     (directory / "images").mkdir(parents=True, exist_ok=True)
     private.mkdir(mode=0o700, exist_ok=True)
-    number = "" if nominal_patients is None else str(nominal_patients)
     texts = {
-        directory / "site.yaml": SETTINGS.format(name=name, nominal_patients=number),
+        directory / "site.yaml": settings_text(name=name, nominal_patients=nominal_patients),
         directory / "cases.csv": CASES,
     }
     for path, text in texts.items():

@@ -59,7 +59,7 @@ def _write_image(path: Path, rng: np.random.Generator, *, size: int, brightness:
 
 
 def _write_settings(directory: Path, *, name: str, num_patients: int, changes: dict[str, Any]) -> None:
-    settings = yaml.safe_load(skeleton.SETTINGS.format(name=name, nominal_patients=num_patients))
+    settings = yaml.safe_load(skeleton.settings_text(name=name, nominal_patients=num_patients))
     settings |= {
         "approve": "all",
         "unsafe_allow_no_privacy": True,

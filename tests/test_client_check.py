@@ -24,7 +24,7 @@ EVERYTHING_TRAINS = {"train": 1, "validation": 0, "test": 0}
 
 def make_site(directory: Path, *, num_patients: int = 12, **settings: Any) -> Site:
     """A site whose patients have two images each, every third patient one of each class."""
-    tree = yaml.safe_load(skeleton.SETTINGS.format(name="north", nominal_patients=num_patients))
+    tree = yaml.safe_load(skeleton.settings_text(name="north", nominal_patients=num_patients))
     directory.mkdir()
     (directory / "site.yaml").write_text(yaml.safe_dump({**tree, "split": EVERYTHING_TRAINS, **settings}))
     lines = ["image,label,patient_id"]

@@ -29,7 +29,7 @@ CLASSES = ("normal", "opacity")
 SECRET = bytes(range(32))
 ASKED = Preprocessing(channels=1, size=(8, 8), scaling="percentile", lower=0, upper=100)
 SETTINGS: dict[str, Any] = {
-    **yaml.safe_load(skeleton.SETTINGS.format(name="north", nominal_patients=10)),
+    **yaml.safe_load(skeleton.settings_text(name="north", nominal_patients=10)),
     "split": {"train": 0.5, "validation": 0.2, "test": 0.3},
 }
 Row = tuple[str, str, str]
