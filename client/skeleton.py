@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from importlib import resources
 from pathlib import Path
@@ -10,11 +11,12 @@ from client.site import read_settings
 from common import keys
 from common.errors import ConfigError, UserError
 
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 CASES = "image,label,patient_id\n"
 
 
 def settings_text(*, name: str, nominal_patients: int | None) -> str:
-    """Returns the text of a new ``site.yaml``, from ``conf/client.yaml``, where every default is explained."""
+    """Returns the text of a new ``site.yaml``, from ``conf/client.yaml``, which explains each key."""
     template = resources.files("conf").joinpath("client.yaml").read_text(encoding="utf-8")
     number = "" if nominal_patients is None else str(nominal_patients)
     return template.format(name=name, nominal_patients=number)
