@@ -58,9 +58,9 @@ def rehearse(site: Site, plan: Plan) -> Rehearsal:
     """
     with tempfile.TemporaryDirectory(prefix="feverfew-rehearsal-") as place:
         rehearsed = _on_a_copy(site, Path(place))
-        prepared, records = _messages(rehearsed, plan)
-        with release.open_ledger(rehearsed) as ledger:
+        with release.open_ledger(rehearsed) as ledger:  # before the round below is charged to the copy
             run, total = ledger.projected(work.planned_spends(site, plan))
+        prepared, records = _messages(rehearsed, plan)
     return Rehearsal(
         plan_hash=plan.hash,
         status=prepared.status,

@@ -37,10 +37,11 @@ def _simulate(config: DictConfig) -> None:
 
 def _job(config: DictConfig) -> int:
     from simulations.hospitals import prepare_sites  # after Hydra's own exits, such as --help
-    from simulations.settings import num_sites, settings_of, source_of
+    from simulations.settings import num_sites, require_own_state, settings_of, source_of
 
     tree = plain(config)
     settings, source = settings_of(tree), source_of(tree["data"])
+    require_own_state(settings, source)
     if tree["plan"]["sites"] is None:
         tree["plan"]["sites"] = num_sites(source)
     plan = plan_of(tree)

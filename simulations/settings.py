@@ -86,3 +86,16 @@ def source_of(data: Mapping[str, Any]) -> Source:
 def num_sites(source: Source) -> int:
     """Returns the number of sites of a source."""
     return len(source.sites()) if isinstance(source, DirectorySource) else len(source.names())
+
+
+def require_own_state(settings: Settings, source: Source) -> None:
+    """Checks that no state is deleted that a simulation did not make: a ledger may be in it.
+
+    Raises:
+        ConfigError: directories of somebody else with ``state=empty``.
+    """
+    if isinstance(source, DirectorySource) and settings.state == "empty":
+        raise ConfigError(
+            f"Expected state=keep for the sites in {source.directory}, found state=empty, which deletes "
+            "their ledgers; set state=keep, on copies of the directories if they are real."
+        )

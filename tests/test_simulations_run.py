@@ -22,6 +22,7 @@ SMALL = [
     "engine.workers=2",
     "data=directory",
     "data.classes=[normal,opacity]",
+    "state=keep",
 ]
 
 
@@ -52,7 +53,14 @@ MISTAKES = {
     "unknown engine": (["engine.name=spark"], "engine.name"),
     "missing file": (["experiment=pneumonia", "data.file=nowhere.npz"], "nowhere.npz"),
     "file not given": (["experiment=pneumonia"], "data.file"),
-    "missing directory": (["data=directory", "data.directory=nowhere", "data.classes=[a,b]"], "nowhere"),
+    "missing directory": (
+        ["data=directory", "data.directory=nowhere", "data.classes=[a,b]", "state=keep"],
+        "nowhere",
+    ),
+    "deleting the state of others": (
+        ["data=directory", "data.directory=.", "data.classes=[a,b]"],
+        "state=keep",
+    ),
     "nothing to resume": (["resume=true", "data.patients_per_site=4"], "resume"),
 }
 
@@ -101,11 +109,9 @@ def test_a_run_leaves_its_files_and_a_table_and_can_be_resumed(sites: Path, tmp_
     report = Report.read(out)
     assert report.engine == "local" and report.privacy.unit == "patient"
     assert 0 < (report.privacy.max_epsilon or 0) <= 3.0
-    assert {name: entry.used for name, entry in report.participation.items()} == {"a": 30, "b": 30}
+    assert {name: entry.used for name, entry in report.participation.items()} == {"a": 60, "b": 60}
     assert "epsilon" in done.stdout and "report:" in done.stdout
-    again = simulate(
-        tmp_path, *SMALL, f"data.directory={sites}", "hydra.run.dir=out", "resume=true", "state=keep"
-    )
+    again = simulate(tmp_path, *SMALL, f"data.directory={sites}", "hydra.run.dir=out", "resume=true")
     assert again.returncode == 0, again.stderr
     assert Report.read(out).run == report.run
     assert Report.read(out).privacy.per_site["a"].total_epsilon == pytest.approx(
