@@ -48,7 +48,6 @@ class PrivateGradient:
     def __init__(
         self,
         network: nn.Module,
-        optimizer: torch.optim.Optimizer,
         *,
         privacy: DpSgd,
         noise_multiplier: float,
@@ -60,7 +59,7 @@ class PrivateGradient:
         )
         self._hooked = GradSampleModule(network, batch_first=True, loss_reduction="sum", strict=True)
         self._optimizer = PatientOptimizer(
-            optimizer,
+            torch.optim.SGD(network.parameters()),  # Opacus takes the parameters from it; it never steps
             noise=noise,
             noise_multiplier=gradient_multiplier,
             max_grad_norm=privacy.max_grad_norm,

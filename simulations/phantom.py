@@ -1,20 +1,12 @@
-"""Chest-radiograph phantoms: what a scanner makes of an anatomy, and the DICOM file that it writes."""
+"""Chest-radiograph phantoms: what a scanner makes of an anatomy."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.dataset import FileDataset, FileMetaDataset
-from pydicom.uid import (
-    ComputedRadiographyImageStorage,
-    DigitalXRayImageStorageForPresentation,
-    ExplicitVRLittleEndian,
-    generate_uid,
-)
 
 from simulations.anatomy import NO_POINTS, Anatomy, Points, random_pose
 from simulations.projection import blur, density, line, splat, to_pixels
@@ -108,40 +100,6 @@ def draw(anatomy: Anatomy, scanner: Scanner, rng: np.random.Generator) -> Pixels
     return _digitise(image * exposure, scanner=scanner)
 
 
-def write_dicom(
-    path: Path,
-    pixels: Pixels,
-    *,
-    scanner: Scanner,
-    patient_id: str,
-    study: str,
-    instance: int,
-) -> None:
-    """Writes stored values as the DICOM file that ``scanner`` would have written.
-
-    Args:
-        path: the new file.
-        pixels: stored values, uint16, (rows, columns), as ``draw`` returns them.
-        scanner: the device.
-        patient_id: the hospital's number of the patient.
-        study: any text that differs between studies; all UIDs follow from it and ``instance``.
-        instance: the number of the image in its series, from 1.
-    """
-    meta = FileMetaDataset()
-    is_dx = scanner.modality == "DX"
-    meta.MediaStorageSOPClassUID = (
-        DigitalXRayImageStorageForPresentation if is_dx else ComputedRadiographyImageStorage
-    )
-    meta.MediaStorageSOPInstanceUID = _uid(study, "instance", instance)
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    file = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
-    file.SOPClassUID = meta.MediaStorageSOPClassUID
-    file.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
-    _describe_study(file, patient_id=patient_id, study=study, instance=instance, scanner=scanner)
-    _describe_pixels(file, pixels, scanner=scanner)
-    file.save_as(path, enforce_file_format=True)
-
-
 def _digitise(image: NDArray[np.float32], *, scanner: Scanner) -> Pixels:
     """Applies the tone curve and spreads the result over the middle of the device's range."""
     tone = np.power(np.clip(image * 0.85 + 0.05, 0, 1), scanner.gamma)
@@ -190,61 +148,3 @@ def _lead(rng: np.random.Generator) -> Points:
     ring = [(x + 0.025 * np.cos(a), y + 0.025 * np.sin(a)) for a in np.linspace(0, 2 * np.pi, 12)]
     wire = line([(float(a), float(b)) for a, b in curve], weight=0.10)
     return np.concatenate([NO_POINTS, wire, line(ring, weight=0.25)])
-
-
-def _uid(*parts: object) -> str:
-    """A UID that is the same for the same parts."""
-    return str(generate_uid(entropy_srcs=["feverfew phantom", *map(str, parts)]))
-
-
-def _describe_study(
-    file: FileDataset, *, patient_id: str, study: str, instance: int, scanner: Scanner
-) -> None:
-    file.PatientID = patient_id
-    file.PatientName = f"Phantom^{patient_id}"
-    file.PatientBirthDate = ""
-    file.PatientSex = ""
-    file.StudyInstanceUID = _uid(study, "study")
-    file.SeriesInstanceUID = _uid(study, "series")
-    file.FrameOfReferenceUID = _uid(study, "frame")
-    file.StudyID = _uid(study, "study")[-8:]
-    file.AccessionNumber = _uid(study, "accession")[-12:]
-    file.StudyDate = file.SeriesDate = file.ContentDate = file.AcquisitionDate = "20240101"
-    file.StudyTime = file.SeriesTime = file.ContentTime = file.AcquisitionTime = "080000"
-    file.ReferringPhysicianName = ""
-    file.Modality = scanner.modality
-    file.Manufacturer = "Feverfew phantoms"
-    file.ManufacturerModelName = scanner.model
-    file.StudyDescription = "Chest PA"
-    file.SeriesNumber = 1
-    file.InstanceNumber = instance
-    file.ImageType = ["DERIVED", "PRIMARY", ""]
-    file.BodyPartExamined = "CHEST"
-    file.ViewPosition = "PA"
-    file.PatientOrientation = ["L", "F"]
-    file.ImageLaterality = "U"
-    file.BurnedInAnnotation = "NO"
-
-
-def _describe_pixels(file: FileDataset, pixels: Pixels, *, scanner: Scanner) -> None:
-    """Pixel data, and the window that the device chose for this image."""
-    low, high = np.percentile(pixels, (0.5, 99.5)) * scanner.rescale_slope + scanner.rescale_intercept
-    file.SamplesPerPixel = 1
-    file.PhotometricInterpretation = scanner.photometric
-    file.Rows, file.Columns = pixels.shape
-    file.BitsAllocated = 8 if scanner.bits_stored == 8 else 16
-    file.BitsStored = scanner.bits_stored
-    file.HighBit = scanner.bits_stored - 1
-    file.PixelRepresentation = 0
-    file.PixelSpacing = file.ImagerPixelSpacing = [scanner.pixel_mm, scanner.pixel_mm]
-    file.RescaleSlope, file.RescaleIntercept, file.RescaleType = (
-        scanner.rescale_slope,
-        scanner.rescale_intercept,
-        "US",
-    )
-    file.WindowCenter, file.WindowWidth = round((low + high) / 2, 1), round(max(high - low, 2.0), 1)
-    file.VOILUTFunction = "LINEAR"
-    file.PresentationLUTShape = "INVERSE" if scanner.photometric == "MONOCHROME1" else "IDENTITY"
-    file.PixelIntensityRelationship, file.PixelIntensityRelationshipSign = "LOG", 1
-    file.LossyImageCompression = "00"
-    file.PixelData = pixels.astype("<u1" if scanner.bits_stored == 8 else "<u2").tobytes()

@@ -210,13 +210,17 @@ def _write_phantom(
     study: str,
 ) -> list[CaseRow]:
     """Writes the images of one patient, all of one study."""
+    from simulations import (
+        dicom_file,
+    )  # pydicom takes 0.2 s to import, and most runs find their sites written
+
     diseased = bool(rng.random() < prevalence)
     patient = anatomy.random_anatomy(rng, diseased=diseased, difficulty=anatomy.Difficulty())
     num_images = 1 + int(rng.choice(len(NUM_IMAGES_PROBS), p=NUM_IMAGES_PROBS))
     rows = []
     for instance in range(1, num_images + 1):
         image = f"images/{patient_id}-{instance}.dcm"
-        phantom.write_dicom(
+        dicom_file.write(
             directory / image,
             phantom.draw(patient, scanner, rng),
             scanner=scanner,

@@ -30,7 +30,7 @@ ONLY_IN = {
     "pydicom": {
         "client/images.py",
         "client/decoder.py",  # the child process in which images.py has pixels decoded
-        "simulations/phantom.py",  # writes DICOM, never reads it
+        "simulations/dicom_file.py",  # writes DICOM, never reads it
     },
     "nibabel": {"client/images.py"},
     "PIL": {

@@ -40,7 +40,6 @@ def private_gradient(
     )
     return PrivateGradient(
         network,
-        torch.optim.SGD(network.parameters(), lr=1.0),
         privacy=privacy,
         noise_multiplier=noise_multiplier,
         expected_batch=expected_batch,

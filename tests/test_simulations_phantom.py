@@ -10,8 +10,9 @@ import pytest
 from pydicom.uid import UID
 
 from client import images
+from simulations import dicom_file
 from simulations.anatomy import Anatomy, Difficulty, Pose, random_anatomy
-from simulations.phantom import Scanner, draw, random_scanner, write_dicom
+from simulations.phantom import Scanner, draw, random_scanner
 from simulations.projection import blur, density, line, splat, to_pixels
 
 SIZE = 96
@@ -28,7 +29,7 @@ def scanner(index: int = 0, **changes: Any) -> Scanner:
 
 def written(path: Path, device: Scanner, *, seed: int = 0, instance: int = 1) -> np.ndarray:
     pixels = draw(patient(seed, diseased=True), device, np.random.default_rng(seed))
-    write_dicom(path, pixels, scanner=device, patient_id="7", study=f"s{seed}", instance=instance)
+    dicom_file.write(path, pixels, scanner=device, patient_id="7", study=f"s{seed}", instance=instance)
     return pixels
 
 
