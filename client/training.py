@@ -28,6 +28,9 @@ from common.model import FlatArray
 from common.plan import DpSgd, NoPrivacy, Plan, Training
 from common.privacy import Mechanism
 
+Cases = np.ndarray[Any, np.dtype[Any]]
+"""Indices of cases in a part: int64, (cases,)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -68,34 +71,38 @@ class Gradient(Protocol):
         ...
 
 
+class Sampler(Protocol):
+    """Draws the patients of one step."""
+
+    def __call__(self, patients: Sequence[Cases]) -> list[Cases]:
+        """Returns, for each patient drawn, the cases that it contributes; ``patients``: the cases of each."""
+        ...
+
+
 def train(
     network: nn.Module,
     part: Part,
     *,
-    plan: Plan,
-    mechanism: Mechanism,
-    key: Key,
+    training: Training,
+    sampler: Sampler,
+    gradient: Gradient,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> Trained:
     """Trains the network in place for one round and returns its change.
 
-    Guarantee: with ``DpSgd``, the update and the loss together are one release of ``local_steps``
-    Poisson-subsampled Gaussian mechanisms with ``mechanism.noise_multiplier`` and ``sample_rate``.
+    Guarantee: with a ``PoissonSampler`` and a ``PrivateGradient``, the update and the loss together are one
+    release of ``local_steps`` Poisson-subsampled Gaussian mechanisms with their rate and noise multiplier.
     An empty batch is a legal step and adds noise like any other.
     """
-    training = plan.training
     start = models.flatten(network)
     network.train()
     descent = Descent(network, training=training)
-    gradient = gradient_of(network, plan=plan, mechanism=mechanism, noise=key.stream("noise"))
     anchor = [parameter.detach().clone() for parameter in network.parameters()]
-    sampling, choosing = key.stream("sampling"), key.stream("cases")
     loss_sum = 0.0
     try:
         for step in range(training.local_steps):
             network.zero_grad()
-            sampled = np.flatnonzero(sampling.random(len(part.patients)) < mechanism.sample_rate)
-            for batch in batches(part, sampled, training=training, choosing=choosing):
+            for batch in batches(part, sampler(part.patients), physical_batch=training.physical_batch):
                 loss_sum += gradient.accumulate(batch)
             loss_sum += gradient.finish()
             _add_proximal_term(network, anchor, mu=training.proximal_mu)
@@ -107,16 +114,51 @@ def train(
     return Trained(update=models.flatten(network) - start, train_loss=loss_sum / divisor if divisor else None)
 
 
-def batches(
-    part: Part, sampled: Sequence[int] | np.ndarray[Any, Any], *, training: Training, choosing: Generator
-) -> Iterator[Batch]:
-    """Cuts the sampled patients into batches of at most ``physical_batch`` cases; a patient is never cut."""
-    group: list[np.ndarray[Any, Any]] = []
-    for patient in sampled:
-        cases = part.patients[patient]
-        if len(cases) > training.cases_per_patient:
-            cases = np.sort(choosing.choice(cases, training.cases_per_patient, replace=False))
-        if group and sum(map(len, group)) + len(cases) > training.physical_batch:
+def train_by_plan(
+    network: nn.Module,
+    part: Part,
+    *,
+    plan: Plan,
+    mechanism: Mechanism,
+    key: Key,
+    on_step: Callable[[int, int], None] = lambda step, steps: None,
+) -> Trained:
+    """Trains one round with the sampler, the gradient and the noise of a plan; see ``train``."""
+    sampler = PoissonSampler(
+        sample_rate=mechanism.sample_rate,
+        cases_per_patient=plan.training.cases_per_patient,
+        sampling=key.stream("sampling"),
+        choosing=key.stream("cases"),
+    )
+    gradient = gradient_of(network, plan=plan, mechanism=mechanism, noise=key.stream("noise"))
+    return train(network, part, training=plan.training, sampler=sampler, gradient=gradient, on_step=on_step)
+
+
+class PoissonSampler:
+    """Draws each patient independently with one probability, and at most so many of its cases at random."""
+
+    def __init__(
+        self, *, sample_rate: float, cases_per_patient: int, sampling: Generator, choosing: Generator
+    ) -> None:
+        self._sample_rate = sample_rate
+        self._cases_per_patient = cases_per_patient
+        self._sampling, self._choosing = sampling, choosing
+
+    def __call__(self, patients: Sequence[Cases]) -> list[Cases]:
+        drawn = np.flatnonzero(self._sampling.random(len(patients)) < self._sample_rate)
+        return [self._chosen(patients[int(patient)]) for patient in drawn]
+
+    def _chosen(self, cases: Cases) -> Cases:
+        if len(cases) <= self._cases_per_patient:
+            return cases
+        return np.sort(self._choosing.choice(cases, self._cases_per_patient, replace=False))
+
+
+def batches(part: Part, drawn: Sequence[Cases], *, physical_batch: int) -> Iterator[Batch]:
+    """Cuts the patients drawn into batches of at most ``physical_batch`` cases; a patient is never cut."""
+    group: list[Cases] = []
+    for cases in drawn:
+        if group and sum(map(len, group)) + len(cases) > physical_batch:
             yield _batch(part, group)
             group = []
         group.append(cases)
@@ -124,7 +166,7 @@ def batches(
         yield _batch(part, group)
 
 
-def _batch(part: Part, group: list[np.ndarray[Any, Any]]) -> Batch:
+def _batch(part: Part, group: list[Cases]) -> Batch:
     cases = np.concatenate(group)
     return Batch(
         images=to_input(part.images[cases]),

@@ -73,7 +73,9 @@ def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
         model.load(network, task.parameters)
         key = _key(site, plan, task)
         with _progress(site, plan, task) as on_step:
-            trained = training.train(network, part, plan=plan, mechanism=chosen, key=key, on_step=on_step)
+            trained = training.train_by_plan(
+                network, part, plan=plan, mechanism=chosen, key=key, on_step=on_step
+            )
         fields = {"weight": _weight(site, plan, part), "train_loss": trained.train_loss}
         return Reply(arrays={"update": trained.update}, fields=fields)
 

@@ -226,7 +226,7 @@ def test_seeded_update_is_that_of_training_on_the_cohort(tmp_path: Path) -> None
     site = write_site(tmp_path / "lab", name="lab", size=8, unsafe_allow_seeded_noise=True)
     asked = private_plan(randomness="seeded", seed=5)
     part = open_cohort(site, preprocessing=asked.preprocessing, classes=asked.classes).parts["train"]
-    expected = training.train(
+    expected = training.train_by_plan(
         model.build(asked),
         part,
         plan=asked,

@@ -14,7 +14,16 @@ from torch import nn
 
 from client.cohort import Part
 from client.noise import Key
-from client.training import Batch, Trained, batches, case_losses, patient_means, to_input, train
+from client.training import (
+    Batch,
+    PoissonSampler,
+    Trained,
+    batches,
+    case_losses,
+    patient_means,
+    to_input,
+    train_by_plan,
+)
 from common import model
 from common.plan import DpSgd, Plan
 from common.privacy import Mechanism
@@ -48,7 +57,17 @@ def mechanism(noise_multiplier: float = NOISELESS, *, sample_rate: float = 1.0) 
 
 
 def trained(asked: Plan, part: Part, how: Mechanism | None = None, *, key: Key = KEY) -> Trained:
-    return train(model.build(asked), part, plan=asked, mechanism=how or mechanism(), key=key)
+    return train_by_plan(model.build(asked), part, plan=asked, mechanism=how or mechanism(), key=key)
+
+
+def sampler(cases_per_patient: int) -> PoissonSampler:
+    """A sampler that draws every patient."""
+    return PoissonSampler(
+        sample_rate=1.0,
+        cases_per_patient=cases_per_patient,
+        sampling=KEY.stream("sampling"),
+        choosing=KEY.stream("cases"),
+    )
 
 
 def oracle(asked: Plan, part: Part, *, sample_rate: float = 1.0, bad: tuple[int, ...] = ()) -> Floats:
@@ -156,7 +175,9 @@ def test_physical_batch_changes_nothing(physical_batch: int, privacy: str) -> No
     changes: dict[str, Any] = SMALL | {"privacy": privacy, "training__local_steps": 3}
     whole = trained(plan(**changes), part_of(), mechanism(1.0, sample_rate=0.7))
     cut = plan(**changes, training__physical_batch=physical_batch)
-    parts = train(model.build(cut), part_of(), plan=cut, mechanism=mechanism(1.0, sample_rate=0.7), key=KEY)
+    parts = train_by_plan(
+        model.build(cut), part_of(), plan=cut, mechanism=mechanism(1.0, sample_rate=0.7), key=KEY
+    )
     np.testing.assert_allclose(parts.update, whole.update, rtol=1e-4, atol=1e-6)
     assert parts.train_loss == pytest.approx(whole.train_loss, rel=1e-5)
 
@@ -180,7 +201,7 @@ def constant_loss(asked: Plan) -> nn.Module:
 def num_sampled(asked: Plan, part: Part, *, rate: float, key: Key) -> float:
     """The number of patients in all steps of a round, read off the exact loss of a constant network."""
     how = mechanism(0.0, sample_rate=rate)
-    told = train(constant_loss(asked), part, plan=asked, mechanism=how, key=key)
+    told = train_by_plan(constant_loss(asked), part, plan=asked, mechanism=how, key=key)
     assert told.train_loss is not None
     num_steps = asked.training.local_steps
     return told.train_loss * asked.training.expected_batch * num_steps / math.log(2)
@@ -291,13 +312,13 @@ def test_patient_whose_gradient_is_not_finite_moves_nobody_elses() -> None:
     torch.manual_seed(0)
     network = BlackIsUndefined()
     start = model.flatten(network)
-    spoilt = train(
+    spoilt = train_by_plan(
         network, Part(images=black, labels=part.labels, patients=part.patients),
         plan=asked, mechanism=mechanism(), key=KEY,
     )  # fmt: skip
     model.load(network, start)
     others = Part(images=part.images, labels=part.labels, patients=part.patients[:1] + part.patients[2:])
-    without = train(network, others, plan=asked, mechanism=mechanism(), key=KEY)
+    without = train_by_plan(network, others, plan=asked, mechanism=mechanism(), key=KEY)
     assert np.abs(without.update).max() > 0.01
     np.testing.assert_allclose(spoilt.update, without.update, atol=1e-7)
     assert spoilt.train_loss is not None and without.train_loss is not None
@@ -368,7 +389,9 @@ def test_one_network_trains_again_and_again_with_the_same_result() -> None:
     start, updates = model.flatten(network), []
     for _ in range(3):
         model.load(network, start)
-        updates.append(train(network, part_of(), plan=asked, mechanism=mechanism(1.0), key=KEY).update)
+        updates.append(
+            train_by_plan(network, part_of(), plan=asked, mechanism=mechanism(1.0), key=KEY).update
+        )
         assert_unhooked(network)
     assert updates[0].tobytes() == updates[1].tobytes() == updates[2].tobytes()
 
@@ -383,17 +406,19 @@ def test_network_is_as_good_as_new_after_training_failed() -> None:
         raise OSError("no space left")
 
     with pytest.raises(OSError, match="no space left"):
-        train(network, part_of(), plan=asked, mechanism=mechanism(1.0), key=KEY, on_step=fails)
+        train_by_plan(network, part_of(), plan=asked, mechanism=mechanism(1.0), key=KEY, on_step=fails)
     assert_unhooked(network)
     model.load(network, start)
-    again = train(network, part_of(), plan=asked, mechanism=mechanism(1.0), key=KEY)
+    again = train_by_plan(network, part_of(), plan=asked, mechanism=mechanism(1.0), key=KEY)
     assert again.update.tobytes() == trained(asked, part_of(), mechanism(1.0)).update.tobytes()
 
 
 def test_steps_are_told_as_they_are_done() -> None:
     asked, told = plan(**(SMALL | {"training__local_steps": 3})), []
     on_step: Callable[[int, int], None] = lambda step, steps: told.append((step, steps))  # noqa: E731
-    train(model.build(asked), part_of(), plan=asked, mechanism=mechanism(1.0), key=KEY, on_step=on_step)
+    train_by_plan(
+        model.build(asked), part_of(), plan=asked, mechanism=mechanism(1.0), key=KEY, on_step=on_step
+    )
     assert told == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -406,10 +431,8 @@ def test_batches_hold_every_sampled_patient_whole_and_once(
 ) -> None:
     part = part_of(tuple(cases), size=2)
     sampled = sorted(number for number in wanted if number < len(cases))
-    settings = plan(
-        training__cases_per_patient=cases_per_patient, training__physical_batch=physical_batch
-    ).training
-    made = list(batches(part, sampled, training=settings, choosing=KEY.stream("cases")))
+    drawn = sampler(cases_per_patient)([part.patients[number] for number in sampled])
+    made = list(batches(part, drawn, physical_batch=physical_batch))
     sizes: list[int] = []
     for batch in made:
         own = torch.bincount(batch.owners, minlength=batch.num_patients).tolist()
@@ -425,10 +448,10 @@ def test_cases_of_a_patient_are_chosen_at_random_without_repetition() -> None:
     part = Part(
         images=np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1), labels=part.labels, patients=part.patients
     )
-    settings, choosing = plan(training__cases_per_patient=2).training, KEY.stream("cases")
+    draw = sampler(2)
     counts = np.zeros(5)
     for _ in range(1000):
-        (batch,) = batches(part, [0], training=settings, choosing=choosing)
+        (batch,) = batches(part, draw(part.patients), physical_batch=8)
         chosen = (batch.images.flatten() * 255).round().int().tolist()
         assert len(set(chosen)) == 2
         counts[chosen] += 1
@@ -437,7 +460,7 @@ def test_cases_of_a_patient_are_chosen_at_random_without_repetition() -> None:
 
 def test_labels_and_images_stay_together() -> None:
     part = part_of((2, 1, 3))
-    (batch,) = batches(part, [0, 2], training=plan(**SMALL).training, choosing=KEY.stream("cases"))
+    (batch,) = batches(part, [part.patients[0], part.patients[2]], physical_batch=8)
     cases = [0, 1, 3, 4, 5]
     assert batch.owners.tolist() == [0, 0, 1, 1, 1]
     assert batch.targets.tolist() == part.labels[cases].tolist()

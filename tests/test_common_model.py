@@ -9,7 +9,7 @@ from torch import nn
 
 from client.cohort import Part
 from client.noise import Key
-from client.training import case_losses, train
+from client.training import case_losses, train_by_plan
 from common import model
 from common.errors import ConfigError
 from common.plan import Plan
@@ -97,7 +97,7 @@ def test_network_trains_one_private_step(asked: Plan) -> None:
     )
     network = model.build(one_step)
     start = model.flatten(network)
-    trained = train(
+    trained = train_by_plan(
         network,
         part_of(one_step, num_patients=3),
         plan=one_step,
