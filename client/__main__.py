@@ -1,4 +1,4 @@
-"""Verbs of a hospital: ``feverfew-client init|check|rehearse|approve|run``."""
+"""Verbs of a hospital: ``feverfew-client init|check|rehearse|approve|ledger|run``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client import approval, coordinator, skeleton
+from client import approval, coordinator, release, skeleton
 from client.agent import open_agent
 from client.site import Site, open_site
 from common import keys
@@ -58,6 +58,23 @@ def _parser() -> argparse.ArgumentParser:
     approve.add_argument("directory", type=Path)
     approve.add_argument("plan", type=Path, help="a plan as JSON")
     approve.set_defaults(verb=_approve)
+
+    ledger = verbs.add_parser(
+        "ledger", help="show what was spent and what is left, or restore a broken ledger"
+    )
+    ledger.add_argument("action", nargs="?", choices=("show", "restore"), default="show")
+    ledger.add_argument("directory", type=Path)
+    ledger.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    ledger.add_argument(
+        "--what-if", type=Path, metavar="PLAN", help="what a plan would cost, and whether it fits (with show)"
+    )
+    ledger.add_argument(
+        "--plan",
+        type=Path,
+        action="append",
+        help="charge this plan in full (with restore; repeatable; default: every plan that may be missing)",
+    )
+    ledger.set_defaults(verb=_ledger)
 
     run = verbs.add_parser("run", help="work for the coordinator until stopped")
     run.add_argument("directory", type=Path)
@@ -123,8 +140,36 @@ def _approve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _ledger(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from client import restoration, statement  # see _check
+
+    site = open_site(arguments.directory)
+    restores = arguments.action == "restore"
+    if restores and arguments.what_if is not None:
+        raise UserError("Expected --what-if with ledger show, found it with ledger restore.")
+    if not restores and arguments.plan is not None:
+        raise UserError("Expected --plan with ledger restore, found it with ledger show; see --what-if.")
+    if restores:
+        plans = None if arguments.plan is None else [_plan(path) for path in arguments.plan]
+        done = restoration.restore(site, plans=plans)
+        if not arguments.json:
+            print(f"kept {done.num_kept} intact rows; charged in full: {len(done.charged)} plans")
+            for plan in done.charged:
+                print(f"  {plan.hash} of study {plan.study}")
+            print(f"the old file is {done.old_file}" if done.old_file else "there was no old file")
+    told = statement.statement(site, what_if=None if arguments.what_if is None else _plan(arguments.what_if))
+    if arguments.json:
+        print(told.to_json())
+    else:
+        statement.show(told, console=Console())
+    return 0 if told.what_if is None or told.what_if.fits else 1
+
+
 def _run(arguments: argparse.Namespace) -> int:
     site = open_site(arguments.directory)
+    release.ledger_head(site)  # a broken ledger is said now, not at the first task
     agent = open_agent(site)
     _log_to(site)
     signal.signal(signal.SIGTERM, _leave)

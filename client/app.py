@@ -10,10 +10,10 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from client import work
+from client import release, work
 from client.site import Site, open_site, site_directory
 from common import exchange, model
-from common.errors import ConfigError, FeverfewError, Refusal
+from common.errors import ConfigError, FeverfewError, LedgerError, Refusal
 from common.plan import Plan
 
 logger = logging.getLogger("feverfew.site")
@@ -72,6 +72,10 @@ def _answer(
         if task.plan_hash != plan.hash or task.run != context.run_config["run"]:
             raise Refusal("other_plan")
         content = do(site, plan, task)
+        release.attach_ledger_head(site, content)
+    except LedgerError as error:
+        logger.error("%s", error)
+        content = exchange.refusal_record("ledger_broken")
     except Refusal as refusal:
         logger.info("declined: %s", refusal)
         content = exchange.refusal_record(refusal.code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
+from pathlib import Path
 
 from client.replies import write_durably
 from client.site import Site
@@ -31,9 +32,27 @@ def is_approved(site: Site, plan: Plan) -> bool:
     return (site.private / "approvals" / f"{plan.hash}.json").is_file()
 
 
+def keep(site: Site, plan: Plan) -> None:
+    """Keeps a plan that this site is about to work on; a lost ledger is restored from what is kept."""
+    directory = site.private / "plans"
+    if not (directory / f"{plan.hash}.json").exists():
+        _write(directory, plan)
+
+
+def known_plans(site: Site) -> dict[str, Plan]:
+    """Returns every plan that this site approved or kept, by hash, the oldest first."""
+    paths = [path for name in ("approvals", "plans") for path in (site.private / name).glob("*.json")]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    plans = [Plan.model_validate(record["plan"]) for record in sorted(records, key=lambda one: one["time"])]
+    return {plan.hash: plan for plan in plans}
+
+
 def approve(site: Site, plan: Plan) -> None:
     """Records a person's approval of exactly this plan."""
-    directory = site.private / "approvals"
+    _write(site.private / "approvals", plan)
+
+
+def _write(directory: Path, plan: Plan) -> None:
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     record = {
         "plan_hash": plan.hash,

@@ -71,19 +71,29 @@ class PrivateGradient:
         self._loss_bound = privacy.loss_bound
 
     def accumulate(self, batch: Batch) -> float:
+        rows, losses = self.patients(batch)
+        for parameter, row in zip(self._optimizer.params, finite_patients(rows), strict=True):
+            parameter.grad_sample = row
+        self._optimizer.clip_and_accumulate()
+        for parameter in self._optimizer.params:
+            parameter.grad_sample = None
+        bounded = losses.nan_to_num(nan=self._loss_bound)
+        return float(bounded.clamp(0, self._loss_bound).double().sum())
+
+    def patients(self, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Returns what each patient contributes, before any of it is bounded.
+
+        Returns:
+            For each parameter the patients' mean gradients, (num_patients, *parameter.shape), and the
+            patients' mean losses, (num_patients,); both float32.
+        """
         losses = case_losses(self._hooked(batch.images), batch.targets)
         with warnings.catch_warnings():
             # true of every first layer, since images need no gradient; the hooks need none of them either
             warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
             losses.sum().backward()  # type: ignore[no-untyped-call]
         rows = [patient_means(parameter.grad_sample, batch) for parameter in self._optimizer.params]
-        for parameter, row in zip(self._optimizer.params, finite_patients(rows), strict=True):
-            parameter.grad_sample = row
-        self._optimizer.clip_and_accumulate()
-        for parameter in self._optimizer.params:
-            parameter.grad_sample = None
-        bounded = patient_means(losses.detach(), batch).nan_to_num(nan=self._loss_bound)
-        return float(bounded.clamp(0, self._loss_bound).double().sum())
+        return rows, patient_means(losses.detach(), batch)
 
     def finish(self) -> float:
         self._optimizer.add_noise()

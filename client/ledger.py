@@ -1,39 +1,35 @@
 """The durable privacy ledger of one site: append only, charged before any release.
 
-SQLite with ``synchronous=FULL``: when ``charge`` returns, the charge is on the disk. Rows are chained by
-hash, so an edited or missing row is found when the ledger is opened. One ledger per site, whatever the
-run, plan or study; epsilon is always cumulative over all of it.
+SQLite with ``synchronous=FULL``: when ``charge`` returns, the charge is on the disk. Charges and the outcomes
+of tasks are rows of one signed hash chain (``client/journal.py``). One ledger per site, whatever the run,
+plan or study; epsilon is always cumulative over all of it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sqlite3
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
+from typing import Final
 
-from common.errors import Refusal, StateError
+from client.journal import Journal
+from common import chain
+from common.chain import Head
+from common.errors import Refusal
+from common.keys import PrivateKey
 from common.plan import canonical_json
 from common.privacy import Epsilon, Spend, epsilon, merged, worst_epsilon
 
-_GENESIS = "0" * 64
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS charges (
-    number INTEGER PRIMARY KEY, task TEXT NOT NULL UNIQUE, run TEXT NOT NULL, plan_hash TEXT NOT NULL,
-    study TEXT NOT NULL, server_round INTEGER NOT NULL, purpose TEXT NOT NULL, part TEXT NOT NULL,
-    mechanism TEXT NOT NULL, noise_multiplier REAL NOT NULL, sample_rate REAL NOT NULL,
-    steps INTEGER NOT NULL, nominal_patients INTEGER NOT NULL, time TEXT NOT NULL,
-    previous_hash TEXT NOT NULL, hash TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS outcomes (
-    task TEXT PRIMARY KEY, kind TEXT NOT NULL, code TEXT NOT NULL, time TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS bounds (part TEXT NOT NULL, history TEXT NOT NULL, delta REAL NOT NULL,
-    epsilon REAL NOT NULL, accountant TEXT NOT NULL, PRIMARY KEY (part, history, delta));
-"""
+Histories = Mapping[str, tuple[Spend, ...]]
+"""By part, all that was released about it."""
+
+RESTORED: Final = "restored"
+"""The purpose of a charge for what a lost part of the ledger may have held."""
+NO_STUDY_BUDGETS: Final[Mapping[str, float]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +46,13 @@ class Charge:
     spend: Spend
     nominal_patients: int
     mechanism: str = "subsampled_gaussian"
-    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    time: str = field(default_factory=lambda: now())
 
     def row(self) -> dict[str, object]:
-        """Returns the columns, without number and hashes."""
+        """Returns the columns of ``client.journal``."""
         columns = asdict(self)
         columns |= columns.pop("spend")
-        return columns
+        return {**columns, "kind": "charge"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,26 +68,55 @@ class Ledger:
 
     Args:
         path: the SQLite file; made when absent.
+        head: the second file, which remembers the last row; made with the first.
+        key: the site's key, which signs every row.
         max_epsilon, delta: the hospital's budget for everything that this ledger ever records.
+        study_budgets: a smaller limit for some studies, by name.
+
+    Raises:
+        LedgerError: the chain is broken, or not as long as it was.
     """
 
-    def __init__(self, path: Path, *, max_epsilon: float, delta: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        head: Path,
+        key: PrivateKey,
+        max_epsilon: float,
+        delta: float,
+        study_budgets: Mapping[str, float] = NO_STUDY_BUDGETS,
+    ) -> None:
         self._max_epsilon, self._delta = max_epsilon, delta
-        self._path = path
-        try:
-            self._database = sqlite3.connect(path, isolation_level=None, timeout=60)
-            self._database.execute("PRAGMA synchronous=FULL")
-            self._database.executescript(_SCHEMA)
-            self.verify()
-        except sqlite3.DatabaseError as error:
-            raise StateError(
-                f"Expected a readable ledger at {path}, found: {error}; restore it from a backup. "
-                "Nothing is released without a ledger."
-            ) from None
+        self._study_budgets = dict(study_budgets)
+        self._key = key
+        self._journal = Journal(path, head=head, key=key)
+        self._journal.verify()
 
     def close(self) -> None:
         """Closes the file."""
-        self._database.close()
+        self._journal.close()
+
+    @property
+    def head(self) -> Head:
+        """The last row, signed."""
+        return self._journal.head()
+
+    def require_known(self, head: Head) -> None:
+        """Checks a head that a coordinator remembers of this site.
+
+        Raises:
+            LedgerError: the ledger was longer, or another, when that head was sent.
+        """
+        self._journal.require_known(head)
+
+    def verify_signatures(self) -> None:
+        """Checks the signature of every row, not of the last alone.
+
+        Raises:
+            LedgerError: somebody else wrote a row.
+        """
+        self._journal.verify(all_signatures=True)
 
     def charge(self, charge: Charge, *, max_repeats: int) -> bool:
         """Records a charge, durably, before the task begins.
@@ -102,146 +127,131 @@ class Ledger:
         Raises:
             Refusal: code ``budget_exceeded`` or ``too_many_repeats``; nothing is recorded.
         """
-        with self._transaction():
+        with self._journal.transaction():
             if self._exists(charge.task):
                 return False
             if self._repeats(charge) > max_repeats:
                 raise Refusal("too_many_repeats")
-            history = self._histories()
-            history[charge.part] = merged([*history[charge.part], charge.spend])
-            self._require_affordable(charge.part, history[charge.part])
-            self._append(charge)
+            self._require_affordable({charge.part: (charge.spend,)}, study=charge.study)
+            self._journal.append(charge.row())
             return True
 
-    def require_affordable(self, spends: Mapping[str, tuple[Spend, ...]]) -> None:
-        """Checks that a whole run fits the budget on top of all that was charged.
+    def require_affordable(self, spends: Histories, *, study: str) -> None:
+        """Checks that a whole run fits the budgets on top of all that was charged.
 
         The bound is remembered: charges within it need no further accounting.
 
         Raises:
             Refusal: code ``budget_exceeded``.
         """
-        with self._transaction():
-            history = self._histories()
-            for part, spend in spends.items():
-                self._require_affordable(part, merged([*history[part], *spend]))
+        with self._journal.transaction():
+            self._require_affordable(spends, study=study)
 
-    def projected(self, spends: Mapping[str, tuple[Spend, ...]]) -> tuple[Epsilon, Epsilon]:
-        """Returns what spends would cost alone, and what the whole ledger would be at after them."""
-        history = self._histories()
-        after = {
-            part: merged([*history.get(part, ()), *spends.get(part, ())]) for part in {*history, *spends}
-        }
+    def projected(self, spends: Histories, *, study: str | None = None) -> tuple[Epsilon, Epsilon]:
+        """Returns what spends would cost alone, and what the ledger, or one study of it, would be at."""
+        after = _added(self.histories(study=study), spends)
         return worst_epsilon(dict(spends), delta=self._delta), worst_epsilon(after, delta=self._delta)
 
     def finish(self, task: str, outcome: Outcome) -> None:
         """Records how a charged task ended; the first outcome stands."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        with self._transaction():
-            self._database.execute(
-                "INSERT OR IGNORE INTO outcomes VALUES (?, ?, ?, ?)", (task, outcome.kind, outcome.code, now)
-            )
+        with self._journal.transaction():
+            if self.outcome(task) is None:
+                self._journal.append(
+                    {"kind": outcome.kind, "task": task, "code": outcome.code, "time": now()}
+                )
 
     def outcome(self, task: str) -> Outcome | None:
         """Returns how a task ended; None where it never did, so it has released nothing."""
-        row = self._database.execute("SELECT kind, code FROM outcomes WHERE task = ?", (task,)).fetchone()
+        query = "SELECT kind, code FROM entries WHERE task = ? AND kind IN ('stored', 'failed')"
+        row = next(self._journal.select(query, task), None)
         return Outcome(kind=row[0], code=row[1]) if row else None
 
-    def spent(self, *, run: str | None = None) -> Epsilon:
-        """Returns the cumulative epsilon of the whole ledger, or of one run alone."""
-        return worst_epsilon(self._histories(run=run), delta=self._delta)
+    def spent(self, *, run: str | None = None, study: str | None = None) -> Epsilon:
+        """Returns the cumulative epsilon of the whole ledger, or of one run or study alone."""
+        return worst_epsilon(dict(self.histories(run=run, study=study)), delta=self._delta)
 
-    def verify(self) -> None:
-        """Checks the hash chain.
+    def runs(self) -> list[tuple[str, str, str, int]]:
+        """Returns (study, run, plan hash, number of charges) of every run, in order of their first charge."""
+        query = "SELECT study, run, plan_hash, COUNT(*) FROM entries WHERE kind = 'charge' "
+        return list(self._journal.select(query + "GROUP BY study, run, plan_hash ORDER BY MIN(number)"))
 
-        Raises:
-            StateError: a row was edited, removed or reordered.
-        """
-        previous = _GENESIS
-        cursor = self._database.execute("SELECT * FROM charges ORDER BY number")
-        names = [column[0] for column in cursor.description]
-        for expected_number, values in enumerate(cursor, start=1):
-            row = dict(zip(names, values, strict=True))
-            number, recorded, before = row.pop("number"), row.pop("hash"), row.pop("previous_hash")
-            if number != expected_number or before != previous or recorded != _hash(row, previous):
-                raise StateError(self._broken(f"row {number} changed or a row before it missing"))
-            previous = recorded
-        query = "SELECT COUNT(*) FROM outcomes WHERE task NOT IN (SELECT task FROM charges)"
-        if self._database.execute(query).fetchone()[0]:
-            raise StateError(self._broken("the outcome of a charge that is missing"))
-
-    def _broken(self, found: str) -> str:
-        return (
-            f"Expected an unbroken chain of charges in {self._path}, found {found}; restore the ledger from "
-            "a backup. Nothing is released until then."
-        )
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._database.execute("ROLLBACK")
-            raise
-        self._database.execute("COMMIT")
+    def histories(self, *, run: str | None = None, study: str | None = None) -> Histories:
+        """Returns all that was charged, or what one run or study was, by part."""
+        query = "SELECT part, noise_multiplier, sample_rate, SUM(steps) FROM entries WHERE kind = 'charge' "
+        wanted = {name: value for name, value in (("run", run), ("study", study)) if value is not None}
+        query += "".join(f"AND {name} = ? " for name in wanted)
+        query += "GROUP BY part, noise_multiplier, sample_rate"
+        spends: dict[str, list[Spend]] = defaultdict(list)
+        for part, noise, rate, steps in self._journal.select(query, *wanted.values()):
+            spends[part].append(Spend(noise_multiplier=noise, sample_rate=rate, steps=steps))
+        return {part: merged(history) for part, history in spends.items()}
 
     def _exists(self, task: str) -> bool:
-        return self._database.execute("SELECT 1 FROM charges WHERE task = ?", (task,)).fetchone() is not None
+        query = "SELECT 1 FROM entries WHERE task = ? AND kind = 'charge'"
+        return next(self._journal.select(query, task), None) is not None
 
     def _repeats(self, charge: Charge) -> int:
         query = (
-            "SELECT COUNT(*) FROM charges WHERE run = ? AND plan_hash = ? AND server_round = ? "
-            "AND purpose = ? AND part = ?"
+            "SELECT COUNT(*) FROM entries WHERE kind = 'charge' AND run = ? AND plan_hash = ? AND "
+            "server_round = ? AND purpose = ? AND part = ?"
         )
         key = (charge.run, charge.plan_hash, charge.server_round, charge.purpose, charge.part)
-        return int(self._database.execute(query, key).fetchone()[0])
+        return int(next(self._journal.select(query, *key))[0])
 
-    def _histories(self, *, run: str | None = None) -> dict[str, tuple[Spend, ...]]:
-        query = "SELECT part, noise_multiplier, sample_rate, SUM(steps) FROM charges "
-        query += "WHERE run = ? " if run is not None else ""
-        query += "GROUP BY part, noise_multiplier, sample_rate"
-        spends: dict[str, list[Spend]] = defaultdict(list)
-        for part, noise, rate, steps in self._database.execute(query, (run,) if run is not None else ()):
-            spends[part].append(Spend(noise_multiplier=noise, sample_rate=rate, steps=steps))
-        return defaultdict(tuple, {part: merged(history) for part, history in spends.items()})
+    def _require_affordable(self, spends: Histories, *, study: str) -> None:
+        budgets: list[tuple[str | None, float]] = [(None, self._max_epsilon)]
+        if study in self._study_budgets:
+            budgets.append((study, self._study_budgets[study]))
+        for scope, limit in budgets:
+            after = _added(self.histories(study=scope), spends)
+            for part in spends:
+                self._require_within(limit, after[part], scope=f"{scope or ''}/{part}", study=scope)
 
-    def _require_affordable(self, part: str, history: tuple[Spend, ...]) -> None:
-        if self._within_known_bound(part, history):
+    def _require_within(
+        self, limit: float, history: tuple[Spend, ...], *, scope: str, study: str | None
+    ) -> None:
+        if self._is_within_known_bound(limit, history, scope=scope):
             return
         bound = epsilon(history, delta=self._delta)
-        if bound.value > self._max_epsilon:
+        if bound.value > limit:
+            what, key = (
+                ("the whole ledger", "max_epsilon")
+                if study is None
+                else (
+                    f"study {study}",
+                    "study_budgets",
+                )
+            )
             raise Refusal(
                 "budget_exceeded",
-                f"Expected epsilon <= {self._max_epsilon:g} at delta={self._delta:g} over the whole ledger, "
-                f"found that {bound.value:.3f} would be reached; raise max_epsilon in site.yaml or decline.",
+                f"Expected epsilon <= {limit:g} at delta={self._delta:g} over {what}, "
+                f"found that {bound.value:.3f} would be reached; raise {key} in site.yaml or decline.",
             )
-        self._database.execute(
-            "INSERT OR REPLACE INTO bounds VALUES (?, ?, ?, ?, ?)",
-            (part, canonical_json([asdict(s) for s in history]), self._delta, bound.value, bound.accountant),
-        )
+        text = canonical_json([asdict(spend) for spend in history])
+        row = (scope, text, self._delta, bound.value)
+        self._journal.remember_bound(*row, chain.signature(canonical_json(list(row)), key=self._key))
 
-    def _within_known_bound(self, part: str, history: tuple[Spend, ...]) -> bool:
+    def _is_within_known_bound(self, limit: float, history: tuple[Spend, ...], *, scope: str) -> bool:
         """Epsilon grows with every step, so a history inside an affordable one is affordable."""
-        needed = {(s.noise_multiplier, s.sample_rate): s.steps for s in history}
-        query = "SELECT history FROM bounds WHERE part = ? AND delta = ? AND epsilon <= ?"
-        for (text,) in self._database.execute(query, (part, self._delta, self._max_epsilon)):
+        needed = {(spend.noise_multiplier, spend.sample_rate): spend.steps for spend in history}
+        query = (
+            "SELECT history, epsilon, signature FROM bounds WHERE scope = ? AND delta = ? AND epsilon <= ?"
+        )
+        for text, bound, claimed in self._journal.select(query, scope, self._delta, limit):
             known = {(s["noise_multiplier"], s["sample_rate"]): s["steps"] for s in json.loads(text)}
             if all(steps <= known.get(kind, 0) for kind, steps in needed.items()):
-                return True
+                row = canonical_json([scope, text, self._delta, bound])
+                if chain.is_signature(claimed, key=self._key.public_key(), text=row):
+                    return True
         return False
 
-    def _append(self, charge: Charge) -> None:
-        last = self._database.execute(
-            "SELECT number, hash FROM charges ORDER BY number DESC LIMIT 1"
-        ).fetchone()
-        number, previous = (last[0] + 1, last[1]) if last else (1, _GENESIS)
-        row = charge.row()
-        columns = {"number": number, **row, "previous_hash": previous, "hash": _hash(row, previous)}
-        marks = ", ".join(f":{name}" for name in columns)
-        names = ", ".join(columns)
-        self._database.execute(f"INSERT INTO charges ({names}) VALUES ({marks})", columns)
+
+def now() -> str:
+    """Returns the present time as rows have it: UTC, seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _hash(row: Mapping[str, object], previous: str) -> str:
-    return hashlib.sha256((previous + canonical_json(dict(row))).encode()).hexdigest()
+def _added(history: Histories, spends: Histories) -> dict[str, tuple[Spend, ...]]:
+    return {
+        part: merged([*history.get(part, ()), *spends.get(part, ())]) for part in sorted({*history, *spends})
+    }

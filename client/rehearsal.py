@@ -104,10 +104,13 @@ def fields(message: str, record: RecordDict) -> Iterator[Field]:
 
 
 def _on_a_copy(site: Site, place: Path) -> Site:
-    ledger = site.state / "ledger.sqlite"
-    if ledger.exists():
-        shutil.copy(ledger, place / "ledger.sqlite")
-    return replace(site, state=place, settings=site.settings.model_copy(update={"approve": "all"}))
+    settings = site.settings.model_copy(update={"approve": "all"})
+    copy = replace(site, state=place / "state", settings=settings)
+    copy.state.mkdir()
+    for path in (release.head_path, release.ledger_path):  # in this order: the head is never ahead
+        if path(site).exists():
+            shutil.copy(path(site), path(copy))
+    return copy
 
 
 def _messages(site: Site, plan: Plan) -> tuple[Prepared, list[tuple[str, RecordDict]]]:
@@ -132,4 +135,6 @@ def _messages(site: Site, plan: Plan) -> tuple[Prepared, list[tuple[str, RecordD
                 scored = work.evaluate(site, plan, asked, network=network)
                 records.append((f"evaluate {part}", exchange.scored_record(scored)))
         records.append(("deliver", exchange.delivered_record()))
+    for _, record in records:
+        release.attach_ledger_head(site, record)
     return prepared, records

@@ -5,17 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
+
+from filelock import FileLock
+from flwr.app import RecordDict
 
 from client import approval, replies
 from client.files import private_directory
+from client.journal import REMEDY
 from client.ledger import Charge, Ledger, Outcome
 from client.replies import Reply
 from client.site import Site
-from common.errors import Refusal
+from common import exchange, keys
+from common.chain import Head
+from common.errors import LedgerError, Refusal
 from common.exchange import Task
 from common.plan import Plan
 from common.privacy import Spend
 from common.trail import Trail
+
+PURPOSES: Final = {"train": "training", "evaluate": "evaluation"}
+"""What a task asks for, in the words of the ledger."""
 
 
 def once(
@@ -29,7 +39,8 @@ def once(
 ) -> Reply:
     """Does a task at most once: charge, work, store; a repeated task gets the stored reply.
 
-    A charge without outcome has released nothing: the work is done again under the same charge.
+    A charge without outcome has released nothing: the work is done again under the same charge. Two
+    processes of a site never work at the same time, or both could make a reply to one task.
 
     Args:
         spend: what the reply will release; None where it releases nothing private.
@@ -37,12 +48,14 @@ def once(
 
     Raises:
         Refusal: not approved, over budget, repeated too often, or released before and gone.
+        LedgerError: the ledger is broken; nothing is released until it is restored.
     """
     approval.require(site, plan)
-    directory = private_directory(site.state) / "replies"
     if spend is None:
+        directory = private_directory(site.state) / "exact_replies"
         return replies.load(directory, task.identity) or _stored(directory, task, work())
-    with open_ledger(site) as ledger:
+    directory = private_directory(site.state) / "replies"
+    with FileLock(site.state / "task.lock", mode=0o600), open_ledger(site) as ledger:
         charged = ledger.charge(_charge(site, plan, task, part, spend), max_repeats=site.settings.max_repeats)
         outcome = ledger.outcome(task.identity)
         if outcome is not None:
@@ -82,7 +95,7 @@ def _charge(site: Site, plan: Plan, task: Task, part: str, spend: Spend) -> Char
         plan_hash=plan.hash,
         study=plan.study,
         server_round=task.server_round,
-        purpose=task.purpose,
+        purpose=PURPOSES[task.purpose],
         part=part,
         spend=spend,
         nominal_patients=site.settings.nominal_patients,
@@ -91,11 +104,49 @@ def _charge(site: Site, plan: Plan, task: Task, part: str, spend: Spend) -> Char
 
 @contextmanager
 def open_ledger(site: Site) -> Iterator[Ledger]:
-    """Opens the site's ledger, making it at the first use."""
+    """Opens the site's ledger, making it at the first use.
+
+    Raises:
+        LedgerError: it is broken, shorter than it was, or gone.
+    """
     settings = site.settings
-    path = private_directory(site.state) / "ledger.sqlite"
-    ledger = Ledger(path, max_epsilon=settings.max_epsilon, delta=settings.delta)
+    path = ledger_path(site)
+    if not path.exists() and not head_path(site).exists() and any((site.state / "replies").glob("*")):
+        raise LedgerError(f"Expected the ledger {path} of the replies beside it, found none; {REMEDY}")
+    private_directory(site.state)
+    ledger = Ledger(
+        path,
+        head=head_path(site),
+        key=keys.own(site.private / "site.key"),
+        max_epsilon=settings.max_epsilon,
+        delta=settings.delta,
+        study_budgets={budget.study: budget.max_epsilon for budget in settings.study_budgets},
+    )
     try:
         yield ledger
     finally:
         ledger.close()
+
+
+def ledger_head(site: Site) -> Head | None:
+    """Returns the last row of the site's ledger, for coordinators to remember; None before the first use."""
+    if not ledger_path(site).exists():
+        return None
+    with open_ledger(site) as ledger:
+        return ledger.head
+
+
+def attach_ledger_head(site: Site, content: RecordDict) -> None:
+    """Adds the last row of the ledger to a reply."""
+    head = ledger_head(site)
+    if head is not None:
+        exchange.attach_head(content, head)
+
+
+def ledger_path(site: Site) -> Path:
+    return site.state / "ledger.sqlite"
+
+
+def head_path(site: Site) -> Path:
+    """Returns the file that remembers the last row; beside the state, so that a copy of one misses it."""
+    return site.state.with_name("ledger.head")

@@ -37,6 +37,13 @@ class Split(Value):
         return tuple(name for name in ("train", "validation", "test") if getattr(self, name) > 0)
 
 
+class StudyBudget(Value):
+    """A limit of its own for one study, by the name that its plans give it."""
+
+    study: Annotated[str, Field(min_length=1, max_length=80)]
+    max_epsilon: Annotated[float, Field(ge=0, le=1e6)]
+
+
 class SiteSettings(Value):
     """The hospital's own settings, read from ``site.yaml``; every key is explained there."""
 
@@ -48,11 +55,19 @@ class SiteSettings(Value):
     split: Split
     max_epsilon: Annotated[float, Field(ge=0, le=1e6)]
     delta: Annotated[float, Field(gt=0, lt=0.1)]
+    study_budgets: tuple[StudyBudget, ...]
     unsafe_allow_seeded_noise: bool
     unsafe_allow_no_privacy: bool
     approve: Literal["all", "none"]
     max_repeats: Annotated[int, Field(ge=0, le=100)]
     threads: Annotated[int, Field(ge=1, le=256)]
+
+    @model_validator(mode="after")
+    def _a_study_has_one_budget(self) -> Self:
+        names = [budget.study for budget in self.study_budgets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected each study once in study_budgets, found {names}")
+        return self
 
     @model_validator(mode="after")
     def _public_data_is_for_evaluation(self) -> Self:

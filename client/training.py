@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 from torch.optim.sgd import sgd
 
+from client.augmentation import UNCHANGED, Augmenter, augmenter_of
 from client.cohort import Part
 from client.noise import Key
 from common import model as models
@@ -34,7 +35,7 @@ Cases = np.ndarray[Any, np.dtype[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """The cases of the sampled patients of one step, grouped by patient.
+    """The cases of the sampled patients of one step, grouped by patient; a copy of a case is a case here.
 
     images: float32, (cases, channels, *size), in [0, 1]. targets: int64, (cases,).
     owners: int64, (cases,), index of the patient within the batch, ascending. num_patients: int.
@@ -86,6 +87,7 @@ def train(
     training: Training,
     sampler: Sampler,
     gradient: Gradient,
+    augmenter: Augmenter = UNCHANGED,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> Trained:
     """Trains the network in place for one round and returns its change.
@@ -102,7 +104,8 @@ def train(
     try:
         for step in range(training.local_steps):
             network.zero_grad()
-            for batch in batches(part, sampler(part.patients), physical_batch=training.physical_batch):
+            drawn = sampler(part.patients)
+            for batch in batches(part, drawn, physical_batch=training.physical_batch, augmenter=augmenter):
                 loss_sum += gradient.accumulate(batch)
             loss_sum += gradient.finish()
             _add_proximal_term(network, anchor, mu=training.proximal_mu)
@@ -123,7 +126,7 @@ def train_by_plan(
     key: Key,
     on_step: Callable[[int, int], None] = lambda step, steps: None,
 ) -> Trained:
-    """Trains one round with the sampler, the gradient and the noise of a plan; see ``train``."""
+    """Trains one round with the sampler, the gradient, the copies and the noise of a plan; see ``train``."""
     sampler = PoissonSampler(
         sample_rate=mechanism.sample_rate,
         cases_per_patient=plan.training.cases_per_patient,
@@ -131,7 +134,16 @@ def train_by_plan(
         choosing=key.stream("cases"),
     )
     gradient = gradient_of(network, plan=plan, mechanism=mechanism, noise=key.stream("noise"))
-    return train(network, part, training=plan.training, sampler=sampler, gradient=gradient, on_step=on_step)
+    augmenter = augmenter_of(plan.training.augmentation, stream=key.stream("augmentation"))
+    return train(
+        network,
+        part,
+        training=plan.training,
+        sampler=sampler,
+        gradient=gradient,
+        augmenter=augmenter,
+        on_step=on_step,
+    )
 
 
 class PoissonSampler:
@@ -154,24 +166,31 @@ class PoissonSampler:
         return np.sort(self._choosing.choice(cases, self._cases_per_patient, replace=False))
 
 
-def batches(part: Part, drawn: Sequence[Cases], *, physical_batch: int) -> Iterator[Batch]:
-    """Cuts the patients drawn into batches of at most ``physical_batch`` cases; a patient is never cut."""
+def batches(
+    part: Part, drawn: Sequence[Cases], *, physical_batch: int, augmenter: Augmenter = UNCHANGED
+) -> Iterator[Batch]:
+    """Cuts the patients drawn into batches of at most ``physical_batch`` cases, copies of cases counted.
+
+    A patient is never cut.
+    """
+    room = physical_batch // augmenter.copies
     group: list[Cases] = []
     for cases in drawn:
-        if group and sum(map(len, group)) + len(cases) > physical_batch:
-            yield _batch(part, group)
+        if group and sum(map(len, group)) + len(cases) > room:
+            yield _batch(part, group, augmenter)
             group = []
         group.append(cases)
     if group:
-        yield _batch(part, group)
+        yield _batch(part, group, augmenter)
 
 
-def _batch(part: Part, group: list[Cases]) -> Batch:
+def _batch(part: Part, group: list[Cases], augmenter: Augmenter) -> Batch:
     cases = np.concatenate(group)
+    owners = np.repeat(np.arange(len(group)), [len(own) for own in group])
     return Batch(
-        images=to_input(part.images[cases]),
-        targets=torch.from_numpy(part.labels[cases]),
-        owners=torch.from_numpy(np.repeat(np.arange(len(group)), [len(own) for own in group])),
+        images=augmenter(to_input(part.images[cases])),
+        targets=torch.from_numpy(np.repeat(part.labels[cases], augmenter.copies)),
+        owners=torch.from_numpy(np.repeat(owners, augmenter.copies)),
         num_patients=len(group),
     )
 

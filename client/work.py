@@ -36,7 +36,7 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
     reason = ""
     try:
         approval.require(site, plan)
-        _require_budget(site, plan)
+        _require_ledger(site, plan, task)
         _cohort(site, plan)
     except Refusal as refusal:
         reason = refusal.code
@@ -156,11 +156,15 @@ def _require_shape(network: nn.Module, task: Task) -> None:
         raise Refusal("wrong_parameters", f"expected {expected} parameters, found {task.parameters.shape}")
 
 
-def _require_budget(site: Site, plan: Plan) -> None:
+def _require_ledger(site: Site, plan: Plan, task: Task) -> None:
+    """Checks that the ledger is the one that the coordinator remembers, and that the run fits the budget."""
     spends = planned_spends(site, plan)
     if spends:
+        approval.keep(site, plan)
         with release.open_ledger(site) as ledger:
-            ledger.require_affordable(spends)
+            if task.head is not None:
+                ledger.require_known(task.head)
+            ledger.require_affordable(spends, study=plan.study)
 
 
 def planned_spends(site: Site, plan: Plan) -> dict[str, tuple[Spend, ...]]:

@@ -12,7 +12,8 @@
     ├── InvalidReply          the server rejects what a site sent; carries a code
     ├── RunError              a run cannot go on
     │   └── QuorumNotReached
-    ├── StateError            something durable is damaged: ledger, checkpoint, stored reply
+    ├── StateError            something durable is damaged: checkpoint, stored reply
+    │   └── LedgerError       the ledger is broken or shorter than it was; nothing is released
     └── DeploymentError       a process, a port or a connection that should be there is not
 
 Messages have the form *expected, found, remedy*. ``code`` values are constants without any private text.
@@ -74,6 +75,10 @@ class QuorumNotReached(RunError):
 
 class StateError(FeverfewError):
     """Something durable is damaged; nothing is overwritten."""
+
+
+class LedgerError(StateError):
+    """The ledger is broken or shorter than it was; nothing is released until a person restores it."""
 
 
 class DeploymentError(FeverfewError):

@@ -2,7 +2,9 @@
 
 A task is a ``RecordDict`` with one ``ConfigRecord`` "task" and, where parameters travel, one
 ``ArrayRecord`` "arrays" that holds one flat float32 array. A reply has either a ``MetricRecord`` "metrics"
-and an ``ArrayRecord`` "arrays", or one ``ConfigRecord``: "reply", "delivered" or "refused".
+and an ``ArrayRecord`` "arrays", or one ``ConfigRecord``: "reply", "delivered" or "refused". Beside it may be
+a ``ConfigRecord`` "ledger": the last row of the site's ledger, which the coordinator keeps and presents at
+the next run.
 ``docs/privacy.md`` lists every field of a reply; nothing else may leave a site.
 """
 
@@ -18,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from common.chain import Head
 from common.errors import InvalidReply, Refusal
 from common.model import FlatArray
 
@@ -32,7 +35,8 @@ class Task:
     """What the server asks a site in one message.
 
     ``server_round`` is 0 for prepare. ``part`` is "validation" or "test" for evaluate, else "".
-    ``parameters``: float32, (num_parameters,), or empty for prepare.
+    ``parameters``: float32, (num_parameters,), or empty for prepare. ``head``: what the coordinator
+    remembers of this site's ledger; for prepare only, and no part of the task's identity.
     """
 
     run: str
@@ -41,6 +45,7 @@ class Task:
     purpose: Purpose
     part: str
     parameters: FlatArray
+    head: Head | None = None
 
     @property
     def identity(self) -> str:
@@ -105,7 +110,30 @@ def task_record(task: Task) -> RecordDict:
     record = RecordDict({"task": fields})
     if task.parameters.size:
         record["arrays"] = ArrayRecord({"parameters": Array(task.parameters)})
+    if task.head is not None:
+        attach_head(record, task.head)
     return record
+
+
+def attach_head(record: RecordDict, head: Head) -> None:
+    """Adds the last row of a site's ledger to a message: sites send it, coordinators send it back."""
+    fields = {"number": head.number, "hash": head.hash, "signature": head.signature}
+    record["ledger"] = ConfigRecord(fields)
+
+
+def detach_head(record: RecordDict) -> Head | None:
+    """Takes the last row of a ledger out of a message; None where it has none.
+
+    Raises:
+        ValueError: something else is in its place.
+    """
+    if "ledger" not in record:
+        return None
+    fields = record.pop("ledger")
+    if not isinstance(fields, ConfigRecord) or set(fields) != {"number", "hash", "signature"}:
+        raise ValueError("expected number, hash and signature of a row")
+    number, digest = _count(fields["number"]), _text(fields["hash"])
+    return Head(number=number, hash=digest, signature=_text(fields["signature"]))
 
 
 def read_task(record: RecordDict) -> Task:
@@ -115,6 +143,7 @@ def read_task(record: RecordDict) -> Task:
         Refusal: the message is not a task of this protocol; code ``malformed_task``.
     """
     try:
+        head = detach_head(record)
         fields = record.config_records["task"]
         arrays = record.array_records.get("arrays")
         parameters = _content(arrays["parameters"]) if arrays is not None else np.zeros(0, np.float32)
@@ -125,6 +154,7 @@ def read_task(record: RecordDict) -> Task:
             purpose=_text(fields["purpose"]),  # type: ignore[arg-type]
             part=_text(fields["part"]),
             parameters=parameters,
+            head=head,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Refusal("malformed_task", str(error)) from None
@@ -155,6 +185,8 @@ def read_prepared(record: RecordDict) -> Prepared:
             raise InvalidReply("records")
         for name in ("site", "status", "reason", "role", "data", "patient_is", "feverfew"):
             fields[name] = _text(fields[name])
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", fields["site"]):
+            raise InvalidReply("records")  # the name is also that of a file
         fields["parts"] = tuple(_text(part) for part in fields["parts"])
         fields["nominal_patients"] = _count(fields["nominal_patients"])
         fields["noise_multiplier"] = _finite(fields["noise_multiplier"])

@@ -6,6 +6,7 @@ All keys are P-384: Flower takes NIST curves only, and one key serves as Flower 
 from __future__ import annotations
 
 import base64
+import contextlib
 import datetime
 import hashlib
 import ipaddress
@@ -90,6 +91,18 @@ def read_private(path: Path) -> PrivateKey:
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
         raise UserError(f"Expected a P-384 private key in {path}, found another kind.")
     return key
+
+
+def own(path: Path) -> PrivateKey:
+    """Returns the P-384 private key in a file, which is made at the first use.
+
+    Raises:
+        UserError: readable by others, or not a P-384 key.
+    """
+    if not path.exists():
+        with contextlib.suppress(FileExistsError):  # another process was first
+            write_private(path, generate())
+    return read_private(path)
 
 
 def public_text(key: PublicKey) -> str:

@@ -98,6 +98,26 @@ class Preprocessing(Value):
         return self
 
 
+class Augmentation(Value):
+    """Each case enters a step as so many random copies, whose gradients are averaged before the clip.
+
+    Shifts are fractions of the width and of the height, a zoom by z makes things up to 1 + z times as large
+    and up to 1 - z times as small, and a flip mirrors left and right in half of the copies.
+    """
+
+    copies: Annotated[int, Field(ge=1, le=64)]
+    max_shift_fraction: Annotated[float, Field(ge=0, le=0.5)]
+    max_rotation_degrees: Annotated[float, Field(ge=0, le=180)]
+    max_zoom_fraction: Annotated[float, Field(ge=0, le=0.5)]
+    flip: bool
+
+    @model_validator(mode="after")
+    def _copies_differ(self) -> Self:
+        if not (self.max_shift_fraction or self.max_rotation_degrees or self.max_zoom_fraction or self.flip):
+            raise ValueError("expected a shift, rotation, zoom or flip, found none; set augmentation to null")
+        return self
+
+
 class Training(Value):
     """Local training of one round at one site."""
 
@@ -109,6 +129,7 @@ class Training(Value):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: NonNegative
     proximal_mu: NonNegative
+    augmentation: Augmentation | None
 
 
 class NoPrivacy(Value):

@@ -15,7 +15,8 @@ from functools import lru_cache
 from common.errors import PrivacyTargetError
 from common.plan import DpSgd, Plan
 
-_LARGEST_NOISE_MULTIPLIER = 1e4
+_SMALLEST_NOISE_MULTIPLIER, _LARGEST_NOISE_MULTIPLIER = 1e-2, 1e4
+_SIGNIFICANT_DIGITS = 5
 _EPSILON_ERROR_FRACTION = 3e-3  # what the PRV accountant may overstate epsilon by, relative to epsilon
 _TARGET_SLACK_FRACTION = 4e-3  # calibration stops when epsilon lies this close below the target
 
@@ -148,28 +149,61 @@ def _rdp_epsilon(history: tuple[Spend, ...], delta: float) -> float:
 def noise_multiplier(*, target_epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
     """Returns the smallest noise multiplier whose ``steps`` cost at most ``target_epsilon``.
 
-    Rounded up to four decimals, so that both ends of a federation arrive at the same number; the epsilon
-    of the result lies within 1 % below the target.
+    Rounded up to five significant digits, so that both ends of a federation arrive at the same number; the
+    epsilon of the result lies within 1 % below the target. It is never below 0.01, which may cost less:
+    where delta alone nearly hides a step (a sample rate of about delta), no noise is needed for the
+    formula, but a patient who is drawn would be seen.
 
     Raises:
         PrivacyTargetError: no multiplier up to 10,000 reaches the target.
     """
     if steps == 0:
         return 1.0  # never used: a run without steps releases nothing
+    if sample_rate == 1.0:
+        exact = math.sqrt(steps) / _gaussian_mu(target_epsilon, delta)
+    else:
+        exact = _sampled_multiplier(target_epsilon, delta=delta, rate=sample_rate, steps=steps)
+    if exact > _LARGEST_NOISE_MULTIPLIER:
+        raise _unreachable(target_epsilon, delta=delta, rate=sample_rate, steps=steps)
+    return _rounded_up(max(exact, _SMALLEST_NOISE_MULTIPLIER))
+
+
+def _gaussian_mu(target: float, delta: float) -> float:
+    """Largest mu at which mu-Gaussian DP costs at most ``target`` at ``delta``."""
+    low, high = 0.0, 1.0
+    while _gaussian_delta(high, target) <= delta:
+        low, high = high, high * 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _gaussian_delta(middle, target) <= delta else (low, middle)
+    return low or high  # low is 0 where even the least of noise is not enough: the caller's limit decides
+
+
+def _sampled_multiplier(target: float, *, delta: float, rate: float, steps: int) -> float:
+    """Starts from the multiplier of the RDP bound: cheap, and never too small."""
 
     def spend(sigma: float) -> Spend:
-        return Spend(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps)
+        return Spend(noise_multiplier=sigma, sample_rate=rate, steps=steps)
 
     def cost(sigma: float) -> float:
         return epsilon([spend(sigma)], delta=delta).value
 
-    low, high = 1e-2, 1.0
-    while _rdp_epsilon((spend(high),), delta) > target_epsilon:  # cheap, and never below the true cost
-        low, high = high, high * 2
-        if high > _LARGEST_NOISE_MULTIPLIER:
-            raise _unreachable(target_epsilon, delta=delta, rate=sample_rate, steps=steps)
-    low *= 0.5  # the tighter accountant may need less than the RDP bracket says
-    return math.ceil(_bisect(cost, low=low, high=high, target=target_epsilon) * 1e4) / 1e4
+    low, high = _SMALLEST_NOISE_MULTIPLIER, _LARGEST_NOISE_MULTIPLIER
+    if _rdp_epsilon((spend(high),), delta) > target:
+        return math.inf
+    while high / low > 1.02:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if _rdp_epsilon((spend(middle),), delta) <= target else (middle, high)
+    low = 0.9 * high  # the tighter accountant may need less, by how much is not known
+    while cost(low) <= target and low > _SMALLEST_NOISE_MULTIPLIER:
+        low, high = max(0.7 * low, _SMALLEST_NOISE_MULTIPLIER), low
+    return _bisect(cost, low=low, high=high, target=target)
+
+
+def _rounded_up(value: float) -> float:
+    """Returns the next larger number of five significant digits, at least four decimals."""
+    decimals = max(4, _SIGNIFICANT_DIGITS - 1 - math.floor(math.log10(value)))
+    return float(round(math.ceil(value * 10**decimals) / 10**decimals, decimals))
 
 
 def require_reachable(plan: Plan, *, nominal_patients: int) -> None:

@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from common.bins import bin_indices
+
 Floats = npt.NDArray[np.float64]
 
 NEGATIVES, POSITIVES = 0, 1
@@ -35,7 +37,7 @@ class Histogram:
 
     Attributes:
         counts: float64, (heads, 2, bins); index 0 of the second axis holds the negatives, 1 the positives.
-            Bins have equal width on [0, 1]; a score on an edge belongs to the bin above, 1.0 to the last.
+            Bins are those of ``bin_indices``; a score on an edge belongs to the bin above.
             Counts are sums of patient weights; noise may make them fractional and negative.
 
     Raises:
@@ -126,7 +128,7 @@ class Scores:
 
     def histogram(self, bins: int) -> Histogram:
         """Returns the exact histogram; noise is the releasing site's business."""
-        index = np.minimum((self.scores.astype(np.float64) * bins).astype(np.int64), bins - 1)
+        index = bin_indices(self.scores, bins)
         counts = np.zeros((self.num_heads, 2, bins))
         for head in range(self.num_heads):
             np.add.at(counts[head], (self.targets[:, head], index[:, head]), self.weights)

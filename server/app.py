@@ -17,6 +17,7 @@ from common.plan import Plan
 from common.trail import Trail
 from server import checkpoint
 from server.checkpoint import RunState
+from server.heads import Heads
 from server.rounds import Released, Rounds
 from server.story import Status, report_of
 from server.strategy import FedAvg
@@ -30,7 +31,14 @@ def main(grid: Grid, context: Context) -> None:
     shorten_backoff()
     plan = Plan.from_json(str(context.run_config["plan"]))
     run = str(context.run_config["run"])
-    coordinate(grid, plan, run=run, directory=run_directory(run), engine=engine())
+    coordinate(
+        grid,
+        plan,
+        run=run,
+        directory=run_directory(run),
+        heads=Heads(Path(os.environ["FEVERFEW_HEADS_DIRECTORY"])),
+        engine=engine(),
+    )
 
 
 def run_directory(run: str) -> Path:
@@ -43,8 +51,11 @@ def engine() -> str:
     return os.environ.get("FEVERFEW_ENGINE", "deployment")
 
 
-def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, engine: str) -> None:
+def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Heads, engine: str) -> None:
     """Runs a plan over a grid and writes its run directory.
+
+    Args:
+        heads: what is remembered of the sites' ledgers from run to run.
 
     Raises:
         QuorumNotReached: the run stopped early; its report and the last good model are written.
@@ -65,6 +76,7 @@ def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, engine: str
             ttl_seconds=plan.reply_deadline_seconds + plan.grace_seconds,
         ),
         trail=trail,
+        heads=heads,
         save=lambda state: checkpoint.save_state(checkpoints, state),
     )
     status: Status = "failed"

@@ -81,6 +81,11 @@ class Home:
         return self.directory / "runs"
 
     @property
+    def heads(self) -> Path:
+        """The last row of each site's ledger that the site has sent."""
+        return self.directory / "heads"
+
+    @property
     def logs(self) -> Path:
         return self.directory / "logs"
 

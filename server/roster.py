@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import Message
@@ -15,6 +16,7 @@ from common.errors import InvalidReply
 from common.exchange import Prepared, Task
 from common.plan import Plan
 from common.trail import Trail
+from server.heads import Heads, taken_from
 from server.mailbox import Mailbox
 
 _LOOK_SECONDS = 0.1
@@ -25,12 +27,15 @@ _ATTEMPTS = 3
 class Roster:
     """The sites of a run."""
 
-    def __init__(self, grid: Grid, mailbox: Mailbox, *, plan: Plan, run: str, trail: Trail) -> None:
+    def __init__(
+        self, grid: Grid, mailbox: Mailbox, *, plan: Plan, run: str, trail: Trail, heads: Heads
+    ) -> None:
         self._grid = grid
         self._mailbox = mailbox
         self._plan = plan
         self._run = run
         self._trail = trail
+        self._heads = heads
         self._names: dict[int, str] = {}
         self._attempts: Counter[int] = Counter()
         self.sites: dict[str, Prepared] = {}
@@ -60,11 +65,16 @@ class Roster:
             part="",
             parameters=np.zeros(0, dtype=np.float32),
         )
-        record = exchange.task_record(task)
         ttl = self._plan.reply_deadline_seconds + self._plan.grace_seconds
         messages = [
-            Message(record, dst_node_id=node, message_type=exchange.PREPARE, ttl=ttl, group_id="0")
-            for node in newcomers
+            Message(
+                exchange.task_record(replace(task, head=self._heads.of(name))),
+                dst_node_id=node,
+                message_type=exchange.PREPARE,
+                ttl=ttl,
+                group_id="0",
+            )
+            for node, name in newcomers.items()
         ]
         deadline = self._plan.reply_deadline_seconds
         for node, reply in self._mailbox.ask(messages, deadline_seconds=deadline):
@@ -90,6 +100,7 @@ class Roster:
             if reply is None or reply.has_error():
                 raise InvalidReply("missing" if reply is None else "app_failed")
             exchange.require_accepted(reply.content)
+            head = taken_from(reply.content)
             prepared = exchange.read_prepared(reply.content)
             if enrolled and prepared.site != enrolled:
                 raise InvalidReply("other_name")
@@ -98,6 +109,7 @@ class Roster:
         except InvalidReply as problem:
             self._trail.record("site_rejected", site=enrolled or f"node {node}", code=problem.code)
             return
+        self._heads.keep(prepared.site, head)
         self._names[node] = prepared.site
         self.sites[prepared.site] = prepared
         self._trail.record(

@@ -18,6 +18,7 @@ from common.model import FlatArray
 from common.plan import NoPrivacy, Plan
 from common.trail import Trail
 from server.checkpoint import Attendance, RoundRecord, RunState
+from server.heads import Heads, taken_from
 from server.mailbox import Mailbox
 from server.roster import Roster
 
@@ -46,14 +47,16 @@ class Rounds:
         state: RunState,
         strategy: Callable[[Callable[[str], list[int]]], Strategy],
         trail: Trail,
+        heads: Heads,
         save: Callable[[RunState], None],
     ) -> None:
         self._grid = grid
         self._plan = plan
         self._trail = trail
+        self._heads = heads
         self._save = save
         self._mailbox = Mailbox(grid)
-        self._roster = Roster(grid, self._mailbox, plan=plan, run=state.run, trail=trail)
+        self._roster = Roster(grid, self._mailbox, plan=plan, run=state.run, trail=trail, heads=heads)
         self._strategy = strategy(lambda purpose: list(self._roster.nodes(purpose)))
         self.state = state
         """The last good state; kept when the run fails."""
@@ -129,7 +132,7 @@ class Rounds:
         for node, reply in self._mailbox.ask(messages, deadline_seconds=self._plan.reply_deadline_seconds):
             name = self._roster.name(node)
             try:
-                content = _content(reply)
+                content = self._content(name, reply)
                 exchange.read_update(
                     content,
                     server_round=server_round,
@@ -188,7 +191,7 @@ class Rounds:
             try:
                 is_exact = isinstance(self._plan.privacy, NoPrivacy) or site.data == "public"
                 scored = exchange.read_scored(
-                    _content(reply),
+                    self._content(name, reply),
                     server_round=server_round,
                     part=part,
                     heads=num_heads(len(self._plan.classes)),
@@ -216,10 +219,16 @@ class Rounds:
         ]
         for node, reply in self._mailbox.ask(messages, deadline_seconds=self._plan.reply_deadline_seconds):
             try:
-                _content(reply)
+                self._content(self._roster.name(node), reply)
                 self._trail.record("model_delivered", site=self._roster.name(node))
             except InvalidReply as problem:
                 self._note(self._roster.name(node), problem.code, self._plan.rounds)
+
+    def _content(self, name: str, reply: Message | None) -> RecordDict:
+        """Returns what a site released; keeps what the reply says about its ledger."""
+        content = _content(reply)
+        self._heads.keep(name, taken_from(content))
+        return content
 
     def _task(self, server_round: int, purpose: exchange.Purpose, part: str) -> Task:
         return Task(

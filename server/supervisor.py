@@ -36,6 +36,7 @@ HEALTHY_SECONDS: Final = 60.0
 """After so long a life the pause before a restart is short again; it doubles with each death before that."""
 TASK_POLL_SECONDS: Final = 0.25
 RUN_DIRECTORY: Final = "FEVERFEW_RUN_DIRECTORY"
+HEADS_DIRECTORY: Final = "FEVERFEW_HEADS_DIRECTORY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +130,7 @@ def environment(home: Home) -> dict[str, str]:
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(TASK_POLL_SECONDS),
         "NO_PROXY": f"{LOOPBACK},localhost",
         RUN_DIRECTORY: str(home.runs / "{run}"),
+        HEADS_DIRECTORY: str(home.heads),
     }
 
 

@@ -48,11 +48,19 @@ def _job(config: DictConfig) -> int:
     if tree["plan"]["sites"] is None:
         tree["plan"]["sites"] = num_sites(source)
     plan = plan_of(tree)
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    if settings.attack is not None:
+        from simulations import attack  # torch takes seconds: not for a typing error
+
+        attack.require_attackable(plan, settings)
+        sites = prepare_sites(Path(settings.sites_directory), source=source)
+        found = attack.run(plan, sites, attack=settings.attack, directory=directory)
+        attack.show(found, directory=directory)
+        return 0
     _start_workers_early(plan)
-    from simulations.simulation import show, simulate  # torch takes seconds: not for a typing error
+    from simulations.simulation import show, simulate  # the same
 
     sites = prepare_sites(Path(settings.sites_directory), source=source)
-    directory = Path(HydraConfig.get().runtime.output_dir)
     show(simulate(plan, sites, settings=settings, directory=directory), directory=directory)
     return 0
 

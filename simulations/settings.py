@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from common.errors import ConfigError
 from common.plan import Value, first_problem
@@ -33,6 +33,27 @@ class Experiment(Value):
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
 
 
+class Attack(Value):
+    """How much an audit is to find out: what ``conf/attack/default.yaml`` holds.
+
+    ``false_alarm_prob`` is that of each statistical test of the mechanism; ``confidence`` is that of each
+    lower bound of epsilon.
+    """
+
+    num_canaries: Annotated[int, Field(ge=100, le=100_000)]
+    num_guesses: Annotated[int, Field(ge=2, multiple_of=2)]
+    confidence: Annotated[float, Field(gt=0.5, lt=1)]
+    false_alarm_prob: Annotated[float, Field(gt=0, lt=0.1)]
+
+    @model_validator(mode="after")
+    def _guesses_are_about_canaries(self) -> Self:
+        if self.num_guesses > self.num_canaries:
+            raise ValueError(
+                f"expected num_guesses <= num_canaries, found {self.num_guesses} > {self.num_canaries}"
+            )
+        return self
+
+
 class Settings(Value):
     """How a plan is simulated: what ``conf/simulation.yaml`` holds beside the plan and the data."""
 
@@ -41,15 +62,18 @@ class Settings(Value):
     sites_directory: Annotated[str, Field(min_length=1)]
     state: Literal["empty", "keep"]
     resume: bool
+    attack: Attack | None
 
 
 def settings_of(tree: Mapping[str, Any]) -> Settings:
     """Returns the settings of a composed config.
 
     Raises:
-        ConfigError: unknown key, wrong type, value out of range.
+        ConfigError: unknown key, wrong type, value out of range; an attack on a promise that is not made.
     """
-    known = {name: tree[name] for name in Settings.model_fields}
+    known = {name: tree.get(name) for name in Settings.model_fields}  # attack is in few experiments
+    if known["attack"] is not None and tree["privacy"]["mechanism"] == "none":
+        raise ConfigError("Expected privacy=dp_sgd with experiment=attack, found privacy=none; leave it out.")
     try:
         return Settings.model_validate(known)
     except ValidationError as error:

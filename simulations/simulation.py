@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from client import table
 from client.cohort import open_cohort
-from client.release import open_ledger
+from client.release import head_path, open_ledger
 from client.site import Site, open_site
 from common.errors import ConfigError
 from common.metrics import Scores
@@ -43,11 +43,12 @@ def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory
     for site in opened:
         _require_usable(site, plan)
     run = run_id(directory, resume=settings.resume)
+    heads = Path(settings.sites_directory).resolve() / ".heads"
     with _locked(sites):
         if settings.state == "empty" and not settings.resume:
-            for site in opened:
-                shutil.rmtree(site.state, ignore_errors=True)
+            forget(opened, heads=heads)
         os.environ["FEVERFEW_RUN_DIRECTORY"] = str(directory)
+        os.environ["FEVERFEW_HEADS_DIRECTORY"] = str(heads)
         os.environ["FEVERFEW_ENGINE"] = settings.engine.name
         console = Console(stderr=True)
         progress = Progress(num_rounds=plan.rounds, console=console)
@@ -63,6 +64,14 @@ def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory
         report = completed(Report.read(directory), opened, plan=plan, run=run)
     report.write(directory)
     return report
+
+
+def forget(sites: Sequence[Site], *, heads: Path) -> None:
+    """Deletes what sites and coordinator know of earlier runs: the sites' ledgers begin anew."""
+    for site in sites:
+        shutil.rmtree(site.state, ignore_errors=True)
+        head_path(site).unlink(missing_ok=True)
+    shutil.rmtree(heads, ignore_errors=True)
 
 
 def _require_usable(site: Site, plan: Plan) -> None:

@@ -56,6 +56,7 @@ def settings(*, name: str, num_patients: int, max_epsilon: float, delta: float) 
         "split": dict(SPLIT),
         "max_epsilon": max_epsilon,
         "delta": delta,
+        "study_budgets": [],
         "unsafe_allow_seeded_noise": True,
         "unsafe_allow_no_privacy": True,
         "approve": "all",

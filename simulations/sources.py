@@ -17,7 +17,7 @@ from simulations import anatomy, medmnist, phantom
 from simulations.site_files import CaseRow, settings, split_key_of, write_site
 
 # Changes with every change of what is written here, so that older sites are remade.
-VERSION = 2
+VERSION = 3
 
 EVALUATION_SITE = "official-test"
 # Probabilities of one, two, three and four images of a phantom patient.

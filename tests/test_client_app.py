@@ -15,6 +15,7 @@ from client import approval, training
 from client.app import app
 from client.cohort import open_cohort
 from client.noise import seeded_key
+from client.release import head_path
 from client.site import Site
 from common import exchange, flower, model
 from common.errors import InvalidReply
@@ -77,7 +78,9 @@ def answer(site: Site, asked: Plan, task: Task, *, content: RecordDict | None = 
     flower.assign_id(message)
     reply = app(message, context(site, asked))
     assert not reply.has_error()
-    return flower.unpack_message(flower.pack_message(reply)).content
+    content = flower.unpack_message(flower.pack_message(reply)).content
+    exchange.detach_head(content)  # as the coordinator does first
+    return content
 
 
 def context(site: Site, asked: Plan) -> Context:
@@ -123,7 +126,8 @@ def charges(site: Site) -> list[dict[str, Any]]:
         return []
     with closing(sqlite3.connect(path)) as database:
         database.row_factory = sqlite3.Row
-        return [dict(row) for row in database.execute("SELECT * FROM charges ORDER BY number")]
+        query = "SELECT * FROM entries WHERE kind = 'charge' ORDER BY number"
+        return [dict(row) for row in database.execute(query)]
 
 
 def test_site_answers_prepare_with_its_public_constants(site: Site) -> None:
@@ -183,7 +187,7 @@ def test_update_is_charged_as_the_mechanism_says(site: Site) -> None:
     (row,) = charges(site)
     chosen = mechanism(asked, nominal_patients=20)
     assert (row["noise_multiplier"], row["sample_rate"], row["steps"]) == (chosen.noise_multiplier, 1.0, 2)
-    assert (row["part"], row["purpose"], row["server_round"]) == ("train", "train", 1)
+    assert (row["part"], row["purpose"], row["server_round"]) == ("train", "training", 1)
     assert (row["run"], row["plan_hash"], row["study"]) == ("run-1", asked.hash, "chest-demo")
     assert row["task"] == task_of(asked).identity
     assert row["nominal_patients"] == 20
@@ -219,6 +223,8 @@ def test_secure_noise_is_fresh_for_every_site_state(site: Site) -> None:
     asked = private_plan()
     first = trained(site, asked)
     shutil.rmtree(site.state)
+    assert refusal(site, asked, task_of(asked)) == "ledger_broken"
+    head_path(site).unlink()
     assert not np.array_equal(trained(site, asked).values, first.values)
 
 
@@ -244,7 +250,7 @@ def test_training_starts_at_the_parameters_of_the_task(site: Site) -> None:
     start = parameters_of(asked) * 2
     first = trained(site, asked, task_of(asked, parameters=start))
     trained(site, asked, task_of(asked, parameters=start * 3))
-    shutil.rmtree(site.state / "replies")
+    shutil.rmtree(site.state / "exact_replies")
     again = trained(site, asked, task_of(asked, parameters=start))
     assert again.values.any()
     assert again.values.tobytes() == first.values.tobytes()
@@ -420,7 +426,7 @@ def test_no_text_of_an_error_ever_leaves_the_site(tmp_path: Path, purpose: str) 
         reply = app(message, context(site, asked))
         assert b"Patient" not in text_of(reply)
         codes.append(str(reply.content.config_records.get("refused", {}).get("code", "")))
-    assert set(codes) <= {"site_error", "incompatible_plan", ""}
+    assert set(codes) <= {"site_error", "ledger_broken", "incompatible_plan", ""}
     assert codes[4:] == ["incompatible_plan", "site_error"]
     assert "site_error" in codes[:4] or purpose == "deliver"
 

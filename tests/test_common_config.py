@@ -34,7 +34,7 @@ def test_same_overrides_give_the_same_hash_every_time() -> None:
     assert config.compose_plan([*NEEDED, "plan.seed=1"]).hash != first.hash
 
 
-@pytest.mark.parametrize("group", ["model", "preprocessing", "privacy"])
+@pytest.mark.parametrize("group", ["model", "preprocessing", "privacy", "training"])
 def test_every_file_of_a_group_composes(group: str) -> None:
     from importlib.resources import files
 

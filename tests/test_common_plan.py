@@ -15,6 +15,14 @@ from common.errors import ConfigError
 from common.plan import Plan, Value, canonical_json
 from tests.plans import plan
 
+STILL = {
+    "copies": 4,
+    "max_shift_fraction": 0,
+    "max_rotation_degrees": 0,
+    "max_zoom_fraction": 0,
+    "flip": False,
+}
+
 
 def changed(path: str, value: Any) -> dict[str, Any]:
     """Returns the tree of a plan with one value set, whether the plan takes it or not."""
@@ -117,6 +125,7 @@ def test_canonical_json_refuses_numbers_that_json_does_not_have(number: float) -
         ("training.weight_decay", -0.1),
         ("training.weight_decay", math.inf),
         ("training.proximal_mu", math.nan),
+        ("training.augmentation", 4),
         ("evaluation.bins", 1),
         ("evaluation.validation_every", -1),
         ("evaluation.noise_multiplier", 0),
@@ -203,6 +212,11 @@ def test_several_problems_are_counted() -> None:
         ({"model__channels": (12, 16)}, "divisible by groups=16"),
         ({"model__channels": (16, 32, 64)}, "one pool size for each of channels"),
         ({"preprocessing__lower": 99.0}, "lower < upper"),
+        ({"training__augmentation": STILL}, "set augmentation to null"),
+        ({"training__augmentation": STILL | {"copies": 0, "flip": True}}, "training.augmentation.copies"),
+        ({"training__augmentation": STILL | {"max_shift_fraction": 0.6}}, "augmentation.max_shift_fraction"),
+        ({"training__augmentation": STILL | {"max_zoom_fraction": math.nan}}, "augmentation.max_zoom"),
+        ({"training__augmentation": STILL | {"max_rotation_degrees": -1}}, "augmentation.max_rotation"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(changes: dict[str, Any], named: str) -> None:
@@ -256,7 +270,7 @@ def test_defaults_of_every_part_of_the_plan_are_looked_for() -> None:
     chosen = {
         kind.__name__ for union in (plans.Model, plans.Privacy) for kind in get_args(get_args(union)[0])
     }
-    assert chosen | {"Plan", "Training", "Preprocessing", "Evaluation", "FedAvg"} == found
+    assert chosen | {"Plan", "Training", "Augmentation", "Preprocessing", "Evaluation", "FedAvg"} == found
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from server import submission
 from server.home import Home, open_home
 from server.status import Status, status
 from server.submission import Outcome, Submission
-from server.supervisor import RUN_DIRECTORY, Identity, pid_file
+from server.supervisor import HEADS_DIRECTORY, RUN_DIRECTORY, Identity, pid_file
 from simulations import engine
 from tests import plans, sites
 
@@ -383,11 +383,12 @@ def _simulated(
     """Runs a plan over copies of the sites, without their state; returns the final model's file."""
     copies = real.directory / f"{run}-{engine_name}-{workers}"
     for name in REAL_SITES:
-        left_out = shutil.ignore_patterns("state", "cache", "*.log")
+        left_out = shutil.ignore_patterns("state", "cache", "*.log", "ledger.head")
         shutil.copytree(real.directory / name, copies / name, ignore=left_out)
     directory = copies / "run"
     directory.mkdir()
     patch.setenv(RUN_DIRECTORY, str(directory))
+    patch.setenv(HEADS_DIRECTORY, str(copies / "heads"))
     opened = [open_site(copies / name) for name in REAL_SITES]
     engine.run(plan, opened, run=run, name=engine_name, workers=workers, directory=directory)
     return (directory / "model.safetensors").read_bytes()

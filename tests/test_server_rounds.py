@@ -19,6 +19,7 @@ from common.trail import Trail, read
 from server import app, checkpoint
 from server.checkpoint import RunState
 from server.report import Report
+from server.heads import Heads
 from server.rounds import Rounds
 from server.strategy import FedAvg
 from tests.grid import Behaviour, InlineGrid
@@ -101,6 +102,7 @@ def run(plan: Plan, nodes: dict[str, Behaviour], directory: Path) -> Rounds:
         state=state,
         strategy=lambda of: FedAvg(nodes=of, bound=plan.strategy.update_bound, ttl_seconds=60),
         trail=Trail(directory / "events.jsonl"),
+        heads=Heads(directory / "heads"),
         save=lambda state: checkpoint.save_state(directory / "checkpoints", state),
     )
     rounds.run()
@@ -216,7 +218,7 @@ def test_a_missed_quorum_leaves_a_report_that_tells_it(tmp_path: Path, monkeypat
     plan = tiny_plan(**{"sites": 2})
     nodes = {"a": site(plan, "a", 0.5), "b": site(plan, "b", 0.5, edit=_dies)}
     with pytest.raises(QuorumNotReached):
-        app.coordinate(InlineGrid(nodes), plan, run="r", directory=tmp_path, engine="test")
+        app.coordinate(InlineGrid(nodes), plan, run="r", directory=tmp_path, heads=Heads(tmp_path / "heads"), engine="test")
     report = Report.read(tmp_path)
     assert report.status == "quorum_not_reached"
     assert report.participation["b"].story == "trained 0 of 0 rounds; 1 x error_8"
@@ -319,6 +321,7 @@ def test_a_newcomer_joins_at_the_next_round(tmp_path: Path) -> None:
         state=state,
         strategy=lambda of: FedAvg(nodes=of, bound=16.0, ttl_seconds=60),
         trail=Trail(tmp_path / "events.jsonl"),
+        heads=Heads(tmp_path / "heads"),
         save=save,
     )
     rounds.run()
@@ -328,7 +331,7 @@ def test_a_newcomer_joins_at_the_next_round(tmp_path: Path) -> None:
 def test_replies_are_pulled_one_at_a_time(tmp_path: Path) -> None:
     plan = tiny_plan(**{"sites": 4, "rounds": 1})
     grid = InlineGrid({f"s{i}": site(plan, f"s{i}", 0.5) for i in range(4)})
-    app.coordinate(grid, plan, run="r", directory=tmp_path, engine="test")
+    app.coordinate(grid, plan, run="r", directory=tmp_path, heads=Heads(tmp_path / "heads"), engine="test")
     assert grid.largest_batch == 1
 
 
@@ -344,11 +347,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) 
         return {name: site(plan, name, step, edit=edit) for name, step in (("a", 0.3), ("b", 0.7))}
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    app.coordinate(InlineGrid(nodes("never")), plan, run="r", directory=whole, engine="test")
+    app.coordinate(InlineGrid(nodes("never")), plan, run="r", directory=whole, heads=Heads(whole / "heads"), engine="test")
     with pytest.raises(QuorumNotReached):
-        app.coordinate(InlineGrid(nodes("3")), plan, run="r", directory=broken, engine="test")
+        app.coordinate(InlineGrid(nodes("3")), plan, run="r", directory=broken, heads=Heads(broken / "heads"), engine="test")
     grid = InlineGrid(nodes("never"))
-    app.coordinate(grid, plan, run="r", directory=broken, engine="test")
+    app.coordinate(grid, plan, run="r", directory=broken, heads=Heads(broken / "heads"), engine="test")
     assert {m.metadata.group_id for m in grid.pushed if m.metadata.message_type == "train"} == {"3", "4"}
     assert (whole / "model.safetensors").read_bytes() == (broken / "model.safetensors").read_bytes()
     assert [entry.round for entry in Report.read(broken).rounds] == [1, 2, 3, 4]
@@ -364,7 +367,7 @@ def test_evaluation_merges_the_sites_scores(tmp_path: Path) -> None:
         }
     )
     grid = InlineGrid({name: site(plan, name, 0.0) for name in ("a", "b")})
-    app.coordinate(grid, plan, run="r", directory=tmp_path, engine="test")
+    app.coordinate(grid, plan, run="r", directory=tmp_path, heads=Heads(tmp_path / "heads"), engine="test")
     report = Report.read(tmp_path)
     assert [entry.auroc for entry in report.rounds] == [1.0, 1.0]
     assert report.final.auroc == 1.0 and set(report.final.per_site) == {"a", "b"}

@@ -197,3 +197,4 @@ def test_the_superlink_is_started_so_that_it_serves_nobody_but_us(home: Home) ->
     assert environment["FLWR_TELEMETRY_ENABLED"] == "0" and environment["FLWR_DISABLE_UPDATE_CHECK"] == "1"
     assert environment["PATH"].startswith(str(Path(sys.executable).parent))
     assert environment[supervisor.RUN_DIRECTORY].replace("{run}", "r") == str(home.runs / "r")
+    assert environment[supervisor.HEADS_DIRECTORY] == str(home.heads)

@@ -1,0 +1,247 @@
+"""The file under the ledger: rows of a signed hash chain in SQLite, and a second file that knows the last.
+
+A row is on the disk (``synchronous=FULL``) before the second file names it, and that before ``transaction``
+returns. So the second file is never ahead of the first, unless the first lost rows.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from filelock import FileLock
+
+from client.replies import write_durably
+from common import chain
+from common.chain import GENESIS, Head
+from common.errors import LedgerError
+from common.keys import PrivateKey
+
+COLUMNS: Final = {
+    "number": "INTEGER PRIMARY KEY",
+    "kind": "TEXT NOT NULL",  # charge, stored, failed or restore
+    "task": "TEXT NOT NULL",
+    "run": "TEXT",
+    "plan_hash": "TEXT",
+    "study": "TEXT",
+    "server_round": "INTEGER",
+    "purpose": "TEXT",
+    "part": "TEXT",
+    "mechanism": "TEXT",
+    "noise_multiplier": "REAL",
+    "sample_rate": "REAL",
+    "steps": "INTEGER",
+    "nominal_patients": "INTEGER",
+    "code": "TEXT",
+    "time": "TEXT NOT NULL",
+    "previous_hash": "TEXT NOT NULL",
+    "hash": "TEXT NOT NULL",
+    "signature": "TEXT NOT NULL",
+}
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS entries (
+    {", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())}, UNIQUE (kind, task));
+CREATE TABLE IF NOT EXISTS bounds (
+    scope TEXT NOT NULL, history TEXT NOT NULL, delta REAL NOT NULL, epsilon REAL NOT NULL,
+    signature TEXT NOT NULL, PRIMARY KEY (scope, history, delta));
+"""
+_SECONDS_TO_LOCK = 60
+REMEDY: Final = (
+    "look at what happened, then run feverfew-client ledger restore. Nothing is released until then."
+)
+
+
+class Journal:
+    """Rows, appended under a lock that other processes respect.
+
+    Args:
+        path: the SQLite file; made when absent.
+        head: the second file; made when both are absent.
+        key: signs each row.
+
+    Raises:
+        LedgerError: not a data base, or one of the two files is missing.
+    """
+
+    def __init__(self, path: Path, *, head: Path, key: PrivateKey) -> None:
+        self._path, self._head_path, self._key = path, head, key
+        self._lock = FileLock(path.with_suffix(".lock"), timeout=_SECONDS_TO_LOCK, mode=0o600)
+        with self._lock:
+            if not path.exists():
+                self._begin()
+            self._database = self._opened()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._database.close()
+
+    def select(self, query: str, *values: object) -> Iterator[tuple[Any, ...]]:
+        """Yields the rows of a query."""
+        return self._database.execute(query, values)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Keeps other processes out; all of its rows are durable at the end, or none."""
+        with self._lock:
+            self._database.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._database.execute("ROLLBACK")
+                raise
+            self._database.execute("COMMIT")
+            head = self.head()
+            if head.hash != self._remembered().hash:
+                self._remember(head)
+
+    def append(self, row: Mapping[str, object], *, number: int | None = None) -> None:
+        """Adds a row; ``number`` is the next one, and greater only for the first row after a restoration."""
+        last = self.head()
+        content = dict.fromkeys(COLUMNS) | dict(row) | {"number": number or last.number + 1}
+        content |= {"previous_hash": last.hash}
+        del content["hash"], content["signature"]
+        head = chain.signed(int(str(content["number"])), chain.link(last.hash, content), key=self._key)
+        content |= {"hash": head.hash, "signature": head.signature}
+        marks = ", ".join(f":{name}" for name in content)
+        self._database.execute(f"INSERT INTO entries ({', '.join(content)}) VALUES ({marks})", content)
+
+    def copy(self, rows: Iterable[Mapping[str, object]]) -> None:
+        """Adds rows of another journal of this site as they are."""
+        marks = ", ".join(f":{name}" for name in COLUMNS)
+        self._database.executemany(f"INSERT INTO entries VALUES ({marks})", list(rows))
+
+    def remember_bound(self, scope: str, history: str, delta: float, epsilon: float, signature: str) -> None:
+        """Keeps an epsilon that was computed; see ``client.ledger``."""
+        row = (scope, history, delta, epsilon, signature)
+        self._database.execute("INSERT OR REPLACE INTO bounds VALUES (?, ?, ?, ?, ?)", row)
+
+    def head(self) -> Head:
+        """Returns the last row, as it is signed."""
+        query = "SELECT number, hash, signature FROM entries ORDER BY number DESC LIMIT 1"
+        row = next(self.select(query), None)
+        if row is None:
+            return chain.signed(0, GENESIS, key=self._key)
+        return Head(number=row[0], hash=row[1], signature=row[2])
+
+    def verify(self, *, all_signatures: bool = False) -> None:
+        """Checks the chain, the signature of its last row (or of all), and that it is as long as it was.
+
+        Raises:
+            LedgerError: a row was edited, removed or reordered, or the tail was cut.
+        """
+        remembered = self._remembered()  # before the rows: another process may be adding one
+        key = self._key.public_key()
+        try:
+            (checked,) = next(self.select("PRAGMA integrity_check(1)"))
+            sound, problem = sound_rows(self._rows())
+        except sqlite3.DatabaseError as error:
+            raise self._broken(str(error)) from None
+        if problem or checked != "ok":
+            raise self._broken(problem or str(checked))
+        for head in sound if all_signatures else sound[-1:]:
+            if not head.is_signed_by(key):
+                raise self._broken(f"row {head.number} not signed by this site's key")
+        self._require_in_chain(remembered)
+
+    def require_known(self, head: Head) -> None:
+        """Checks a head that somebody else remembers.
+
+        One that this site signed and that is not in the chain stops the site until it is restored.
+
+        Raises:
+            LedgerError: it is not in the chain, nor covered by a restoration.
+        """
+        if self._is_in_chain(head):
+            return
+        if not head.is_signed_by(self._key.public_key()):
+            raise LedgerError(
+                f"Expected row {head.number} that the coordinator remembers of this site in {self._path}, "
+                "found neither it nor this site's signature; if the site was set up again without its "
+                f"ledger, {REMEDY}"
+            )
+        with self._lock:
+            self._remember(head)
+        self._require_in_chain(head)
+
+    def _require_in_chain(self, head: Head) -> None:
+        if self._is_in_chain(head):
+            return
+        raise self._broken(
+            f"no row {head.number} as it was once written: rows at the end were lost, or this is an old copy"
+        )
+
+    def _is_in_chain(self, head: Head) -> bool:
+        """A restoration covers what it was made for: the numbers that it left out, and the heads it names."""
+        if head.number == 0:
+            return True
+        row = next(self.select("SELECT hash FROM entries WHERE number = ?", head.number), None)
+        if row is not None and row[0] == head.hash:
+            return True
+        later = "SELECT 1 FROM entries WHERE number > ? LIMIT 1"
+        if row is None and next(self.select(later, head.number), None) is not None:
+            return True  # in a gap: verify lets only restorations make one
+        covers = self.select("SELECT code FROM entries WHERE kind = 'restore'")
+        return any(head.hash in json.loads(code) for (code,) in covers)
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        cursor = self._database.execute(f"SELECT {', '.join(COLUMNS)} FROM entries ORDER BY number")
+        return (dict(zip(COLUMNS, values, strict=True)) for values in cursor)
+
+    def _begin(self) -> None:
+        """The second file comes first, so that its absence beside rows always means a loss."""
+        if self._head_path.exists():
+            if self._remembered().number > 0:
+                raise self._broken("no such file, though there was one")
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._remember(chain.signed(0, GENESIS, key=self._key))
+
+    def _opened(self) -> sqlite3.Connection:
+        try:
+            database = sqlite3.connect(self._path, isolation_level=None, timeout=_SECONDS_TO_LOCK)
+            database.execute("PRAGMA synchronous=FULL")
+            database.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            raise self._broken(str(error)) from None
+        return database
+
+    def _remembered(self) -> Head:
+        head = read_head(self._head_path)
+        if head is None or not head.is_signed_by(self._key.public_key()):
+            raise self._broken(f"no {self._head_path.name} signed by this site's key beside it")
+        return head
+
+    def _remember(self, head: Head) -> None:
+        write_durably(self._head_path, json.dumps(asdict(head)).encode())
+
+    def _broken(self, found: str) -> LedgerError:
+        return LedgerError(f"Expected an unbroken ledger in {self._path}, found {found}; {REMEDY}")
+
+
+def read_head(path: Path) -> Head | None:
+    """Returns what the second file says; None where it is missing or not such a file."""
+    try:
+        tree = json.loads(path.read_text(encoding="ascii"))
+        return Head(number=int(tree["number"]), hash=str(tree["hash"]), signature=str(tree["signature"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def sound_rows(rows: Iterable[Mapping[str, Any]]) -> tuple[list[Head], str]:
+    """Walks a chain; returns the heads of its rows up to the first that does not fit, and what is wrong."""
+    sound: list[Head] = []
+    last = Head(number=0, hash=GENESIS, signature="")
+    for row in rows:
+        content = {name: value for name, value in row.items() if name not in ("hash", "signature")}
+        head = Head(number=row["number"], hash=row["hash"], signature=row["signature"])
+        follows = head.number == last.number + 1 or (row["kind"] == "restore" and head.number > last.number)
+        if not follows or row["previous_hash"] != last.hash or head.hash != chain.link(last.hash, content):
+            return sound, f"row {head.number} changed, or a row before it missing"
+        sound.append(head)
+        last = head
+    return sound, ""
