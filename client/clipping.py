@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from common.plan import DpSgd
 class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
     """Opacus' optimizer with noise from a cryptographic stream instead of torch's generator."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, noise: Generator, **settings: Any) -> None:
+    def __init__(self, optimizer: Any, *, noise: Generator, **settings: Any) -> None:
         super().__init__(optimizer, **settings)
         self._noise = noise
 
@@ -59,7 +60,8 @@ class PrivateGradient:
         )
         self._hooked = GradSampleModule(network, batch_first=True, loss_reduction="sum", strict=True)
         self._optimizer = PatientOptimizer(
-            torch.optim.SGD(network.parameters()),  # Opacus takes the parameters from it; it never steps
+            # Opacus takes the parameters from it and it never steps; a real one would import torch's compiler
+            SimpleNamespace(param_groups=[{"params": list(network.parameters())}], defaults={}, state={}),
             noise=noise,
             noise_multiplier=gradient_multiplier,
             max_grad_norm=privacy.max_grad_norm,

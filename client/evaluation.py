@@ -32,12 +32,12 @@ def scores(network: nn.Module, part: Part, *, num_classes: int) -> Scores:
 
 def noised_histogram(
     exact: Scores, *, bins: int, num_classes: int, noise_multiplier: float, noise: Generator
-) -> tuple[Histogram, float]:
-    """Returns the histogram that may leave, and the standard deviation of the noise in each count.
+) -> Histogram:
+    """Returns the histogram that may leave.
 
     Guarantee: one Gaussian mechanism with ``noise_multiplier`` at patient level (add or remove one
     patient): a patient's cases weigh 1 together, so the counts move by at most sqrt(heads).
     """
     std = noise_multiplier * l2_sensitivity(num_classes)
     counts = exact.histogram(bins).counts
-    return Histogram(counts=counts + noise.standard_normal(counts.shape) * std), std
+    return Histogram(counts=counts + noise.standard_normal(counts.shape) * std)

@@ -41,7 +41,7 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
     except Refusal as refusal:
         reason = refusal.code
     status = {"": "approved", "not_approved": "waiting"}.get(reason, "declined")
-    noise = mechanism(plan, nominal_patients=site.settings.nominal_patients).noise_multiplier
+    _mechanism(site, plan)  # a plan that no noise can satisfy here is not waited for; the rest is cached
     _trail(site).record("prepared", run=task.run, plan_hash=plan.hash, status=status, reason=reason)
     return Prepared(
         site=site.name,
@@ -52,7 +52,6 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
         nominal_patients=site.settings.nominal_patients,
         patient_is=site.settings.patient_is,
         parts=site.settings.split.parts,
-        noise_multiplier=noise,
         feverfew=version("feverfew"),
     )
 
@@ -111,25 +110,20 @@ def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Score
         exact = evaluation.scores(network, part, num_classes=num_classes)
         _keep_scores(site, task, exact)
         if is_exact:
-            return Reply(arrays=exact.arrays, fields={"noise_std": 0.0})
-        histogram, std = evaluation.noised_histogram(
+            return Reply(arrays=exact.arrays, fields={})
+        histogram = evaluation.noised_histogram(
             exact,
             bins=plan.evaluation.bins,
             num_classes=num_classes,
             noise_multiplier=chosen.evaluation_noise_multiplier[task.part],
             noise=_key(site, plan, task).stream(f"evaluation/{task.part}"),
         )
-        return Reply(arrays={"histogram": histogram.counts}, fields={"noise_std": std})
+        return Reply(arrays={"histogram": histogram.counts}, fields={})
 
     spend = None if is_exact else chosen.evaluation(task.part)
     _require_shape(network, task)
     reply = release.once(site, plan, task, part=task.part, spend=spend, work=work)
-    return Scored(
-        server_round=task.server_round,
-        part=task.part,
-        arrays=reply.arrays,
-        noise_std=float(reply.fields["noise_std"] or 0),
-    )
+    return Scored(server_round=task.server_round, part=task.part, arrays=reply.arrays)
 
 
 def sends_exact_scores(plan: Plan, *, data: str) -> bool:

@@ -70,7 +70,6 @@ class Prepared:
     nominal_patients: int
     patient_is: str
     parts: tuple[str, ...]
-    noise_multiplier: float
     feverfew: str
 
 
@@ -87,13 +86,13 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A site's evaluation. Either ``histogram`` (float64, (heads, 2, bins), noised with ``noise_std``)
-    or, without privacy or for public data, exact ``scores``, ``targets`` and ``weights``."""
+    """A site's evaluation. Either ``histogram`` (float64, (heads, 2, bins), noised as
+    ``common.privacy.histogram_noise_std`` says) or, without privacy or for public data, exact ``scores``,
+    ``targets`` and ``weights``."""
 
     server_round: int
     part: str
     arrays: Mapping[str, FloatArray]
-    noise_std: float
 
 
 def task_record(task: Task) -> RecordDict:
@@ -189,10 +188,9 @@ def read_prepared(record: RecordDict) -> Prepared:
             raise InvalidReply("records")  # the name is also that of a file
         fields["parts"] = tuple(_text(part) for part in fields["parts"])
         fields["nominal_patients"] = _count(fields["nominal_patients"])
-        fields["noise_multiplier"] = _finite(fields["noise_multiplier"])
     except (KeyError, TypeError, ValueError):
         raise InvalidReply("records") from None
-    if fields["nominal_patients"] < 1 or fields["noise_multiplier"] < 0:
+    if fields["nominal_patients"] < 1:
         raise InvalidReply("records")
     return Prepared(**fields)
 
@@ -269,7 +267,7 @@ def scored_record(scored: Scored) -> RecordDict:
     return RecordDict(
         {
             "arrays": ArrayRecord({name: Array(value) for name, value in scored.arrays.items()}),
-            "metrics": MetricRecord({"server-round": scored.server_round, "noise-std": scored.noise_std}),
+            "metrics": MetricRecord({"server-round": scored.server_round}),
         }
     )
 
@@ -284,7 +282,7 @@ def read_scored(
     """
     names = ("scores", "targets", "weights") if exact else ("histogram",)
     arrays, metrics = _only(record, *names)
-    if set(metrics) != {"server-round", "noise-std"}:
+    if set(metrics) != {"server-round"}:
         raise InvalidReply("records")
     if metrics["server-round"] != server_round:
         raise InvalidReply("server_round")
@@ -297,10 +295,7 @@ def read_scored(
         }
     else:
         decoded = {"histogram": _decoded(arrays["histogram"], shape=(heads, 2, bins), dtype="float64")}
-    noise_std = _metric(metrics["noise-std"])
-    if noise_std < 0:
-        raise InvalidReply("records")
-    return Scored(server_round=server_round, part=part, arrays=decoded, noise_std=noise_std)
+    return Scored(server_round=server_round, part=part, arrays=decoded)
 
 
 def _only(record: RecordDict, *names: str) -> tuple[ArrayRecord, MetricRecord]:

@@ -142,6 +142,7 @@ class DpSgd(Value):
     """Patient-level DP-SGD (Abadi et al. 2016). Exactly one of target and multiplier is given."""
 
     mechanism: Literal["dp_sgd"]
+    noise: Literal["own", "shared"]
     target_epsilon: Annotated[float, Field(gt=0, le=1000)] | None
     noise_multiplier: Annotated[float, Field(gt=0, le=1e6)] | None
     delta: Annotated[float, Field(gt=0, lt=0.1)]
@@ -153,6 +154,16 @@ class DpSgd(Value):
     def _one_of_target_and_multiplier(self) -> Self:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("expected exactly one of target_epsilon and noise_multiplier, the other null")
+        return self
+
+    @model_validator(mode="after")
+    def _noise_is_own(self) -> Self:
+        if self.noise == "shared":
+            raise ValueError(
+                "noise=shared is refused: a site's part of the noise protects nobody unless the server sees "
+                "the sum of all sites alone, and it sees each update; use noise=own "
+                "(docs/decisions/013-shared-noise.md)"
+            )
         return self
 
 
@@ -211,9 +222,20 @@ class Plan(Value):
             raise ValueError("strategy.weights=examples would release exact counts; use equal or nominal")
         if self.privacy.mechanism == "none" and self.evaluation.noise_multiplier is not None:
             raise ValueError("evaluation.noise_multiplier has no effect with privacy=none; set it to null")
+        self._evaluation_has_effect()
         if self.model.name == "article_cnn":
             self._article_cnn_fits()
         return self
+
+    def _evaluation_has_effect(self) -> None:
+        asked = self.evaluation
+        if asked.validation_every > self.rounds:
+            raise ValueError(
+                f"evaluation.validation_every={asked.validation_every} has no effect in rounds={self.rounds}; "
+                "set it to at most rounds, or to 0 for never"
+            )
+        if asked.noise_multiplier is not None and not asked.validation_every and not asked.test_at_end:
+            raise ValueError("evaluation.noise_multiplier has no effect where nothing is evaluated")
 
     def _article_cnn_fits(self) -> None:
         if self.preprocessing.channels != 3 or self.preprocessing.size != (64, 64):

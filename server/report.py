@@ -79,19 +79,24 @@ class SiteResult(Part):
     auroc_interval: Interval | None
     auroc_exact: float | None = None
     accuracy: float | None
+    accuracy_interval: Interval | None
     sensitivity: float | None
+    sensitivity_interval: Interval | None
     specificity: float | None
+    specificity_interval: Interval | None
     calibration_error: float | None
+    calibration_error_interval: Interval | None
     loss: float | None = None
 
     @classmethod
-    def of(cls, statistic: Statistic, *, noise_std: float) -> Self:
+    def of(cls, statistic: Statistic, *, noise_std: float, bins: int) -> Self:
         """Computes every metric of one statistic.
 
         Args:
             noise_std: standard deviation of the noise in each count; 0 for exact scores.
+            bins: those of the calibration error where the statistic is exact scores.
         """
-        return cls(**_measures(statistic, noise_std=noise_std))
+        return cls(**_measures(statistic, noise_std=noise_std, bins=bins))
 
 
 class Result(SiteResult):
@@ -107,31 +112,38 @@ class Result(SiteResult):
             auroc=None,
             auroc_interval=None,
             accuracy=None,
+            accuracy_interval=None,
             sensitivity=None,
+            sensitivity_interval=None,
             specificity=None,
+            specificity_interval=None,
             calibration_error=None,
+            calibration_error_interval=None,
             roc=(),
             per_site={},
         )
 
     @classmethod
-    def merged(cls, statistics: Mapping[str, Statistic], *, noise_std: Mapping[str, float]) -> Result:
+    def merged(
+        cls, statistics: Mapping[str, Statistic], *, noise_std: Mapping[str, float], bins: int
+    ) -> Result:
         """Computes the metrics of each site and of all of them together.
 
         Args:
             statistics: by site; exact scores where the site releases them, else noised histograms.
             noise_std: standard deviation of the noise in each count of a site's histogram; sites that
                 are left out sent exact ones.
+            bins: those of the calibration error of exact scores.
         """
         if not statistics:
             return cls.unknown()
         pooled = metrics.merge(statistics.values())
         pooled_std = math.hypot(*(noise_std.get(site, 0.0) for site in statistics))
         return cls(
-            **_measures(pooled, noise_std=pooled_std),
+            **_measures(pooled, noise_std=pooled_std, bins=bins),
             roc=tuple(metrics.roc(pooled)),
             per_site={
-                site: SiteResult.of(statistic, noise_std=noise_std.get(site, 0.0))
+                site: SiteResult.of(statistic, noise_std=noise_std.get(site, 0.0), bins=bins)
                 for site, statistic in sorted(statistics.items())
             },
         )
@@ -265,14 +277,20 @@ class Report(Part):
         return self.model_copy(update={"privacy": costs, "participation": parts})
 
 
-def _measures(statistic: Statistic, *, noise_std: float) -> dict[str, Any]:
+def _measures(statistic: Statistic, *, noise_std: float, bins: int) -> dict[str, Any]:
     return {
         "auroc": metrics.auroc(statistic),
         "auroc_interval": metrics.interval(statistic, noise_std=noise_std),
         "accuracy": metrics.accuracy(statistic),
+        "accuracy_interval": metrics.accuracy_interval(statistic, noise_std=noise_std),
         "sensitivity": metrics.sensitivity(statistic),
+        "sensitivity_interval": metrics.sensitivity_interval(statistic, noise_std=noise_std),
         "specificity": metrics.specificity(statistic),
-        "calibration_error": metrics.calibration_error(statistic, noise_std=noise_std),
+        "specificity_interval": metrics.specificity_interval(statistic, noise_std=noise_std),
+        "calibration_error": metrics.calibration_error(statistic, noise_std=noise_std, bins=bins),
+        "calibration_error_interval": metrics.calibration_error_interval(
+            statistic, noise_std=noise_std, bins=bins
+        ),
         "loss": metrics.log_loss(statistic),
     }
 

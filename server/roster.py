@@ -12,9 +12,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common import exchange
-from common.errors import InvalidReply
+from common.errors import InvalidReply, PrivacyTargetError
 from common.exchange import Prepared, Task
 from common.plan import Plan
+from common.privacy import require_reachable
 from common.trail import Trail
 from server.heads import Heads, taken_from
 from server.mailbox import Mailbox
@@ -106,6 +107,7 @@ class Roster:
                 raise InvalidReply("other_name")
             if prepared.site in self.sites and prepared.site in self._names.values():
                 raise InvalidReply("second_node")
+            self._require_reachable(prepared)
         except InvalidReply as problem:
             self._trail.record("site_rejected", site=enrolled or f"node {node}", code=problem.code)
             return
@@ -115,6 +117,13 @@ class Roster:
         self._trail.record(
             "site_prepared", site=prepared.site, status=prepared.status, reason=prepared.reason
         )
+
+    def _require_reachable(self, site: Prepared) -> None:
+        """The noise of a site is computed here from its public number, so there must be one."""
+        try:
+            require_reachable(self._plan, nominal_patients=site.nominal_patients)
+        except PrivacyTargetError:
+            raise InvalidReply("unreachable_target") from None
 
     def _nodes(self) -> dict[int, str]:
         """Node ids on the grid with the enrolled name, "" where the grid gives none."""

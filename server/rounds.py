@@ -16,6 +16,7 @@ from common.exchange import Prepared, Task
 from common.metrics import Histogram, Scores, Statistic, num_heads
 from common.model import FlatArray
 from common.plan import NoPrivacy, Plan
+from common.privacy import histogram_noise_std
 from common.trail import Trail
 from server.checkpoint import Attendance, RoundRecord, RunState
 from server.heads import Heads, taken_from
@@ -204,7 +205,9 @@ class Rounds:
                 self._note(name, code, server_round)
                 continue
             if not is_exact:
-                noise_std[name] = scored.noise_std
+                noise_std[name] = histogram_noise_std(
+                    self._plan, nominal_patients=site.nominal_patients, part=part
+                )
             seen = self._attendance(name)
             self._attend(name, replace(seen, evaluations=(*seen.evaluations, part)))
         return Released(statistics=statistics, noise_std=noise_std)

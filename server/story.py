@@ -9,7 +9,7 @@ from typing import Literal
 
 from common.exchange import Prepared
 from common.plan import DpSgd, Plan
-from common.privacy import Epsilon, Spend, evaluation_noise_multipliers, sample_rate, worst_epsilon
+from common.privacy import Epsilon, Spend, evaluation_noise_multipliers, mechanism, worst_epsilon
 from server.checkpoint import Attendance, RoundRecord, RunState
 from server.report import Participation, Privacy, Report, Result, Round, SitePrivacy, Timing, Versions
 from server.rounds import Released
@@ -34,7 +34,7 @@ def report_of(state: RunState, *, plan: Plan, released: Released, status: Status
         finished=finished,
         status=status,
         rounds=tuple(_round(entry) for entry in state.rounds),
-        final=Result.merged(released.statistics, noise_std=released.noise_std),
+        final=Result.merged(released.statistics, noise_std=released.noise_std, bins=plan.evaluation.bins),
         privacy=_privacy(plan, state),
         participation={
             name: _participation(
@@ -96,15 +96,13 @@ def _privacy(plan: Plan, state: RunState) -> Privacy:
 def _cost(plan: Plan, site: Prepared, seen: Attendance) -> tuple[SitePrivacy, Epsilon]:
     """What this run cost a site, for every task that it was asked: a missing reply may still be charged."""
     assert isinstance(plan.privacy, DpSgd)
-    rate = sample_rate(plan, nominal_patients=site.nominal_patients)
+    nominal = site.nominal_patients
     asked = 0 if site.role != "training" else seen.valid + seen.missing + seen.rejected
     steps = asked * plan.training.local_steps
-    history: dict[str, tuple[Spend, ...]] = {}
-    if steps:
-        history["train"] = (Spend(noise_multiplier=site.noise_multiplier, sample_rate=rate, steps=steps),)
+    training = mechanism(plan, nominal_patients=nominal).training(steps) if steps else None
+    history: dict[str, tuple[Spend, ...]] = {"train": (training,)} if training else {}
     if site.data != "public":
-        noise = evaluation_noise_multipliers(plan, training=site.noise_multiplier, rate=rate)
-        for part, sigma in noise.items():
+        for part, sigma in evaluation_noise_multipliers(plan, nominal_patients=nominal).items():
             if part in seen.evaluations:
                 count = seen.evaluations.count(part)
                 history[part] = (Spend(noise_multiplier=sigma, sample_rate=1.0, steps=count),)
@@ -112,10 +110,10 @@ def _cost(plan: Plan, site: Prepared, seen: Attendance) -> tuple[SitePrivacy, Ep
     return (
         SitePrivacy(
             epsilon=bound.value,
-            noise_multiplier=site.noise_multiplier if steps else None,
-            sample_rate=rate if steps else None,
+            noise_multiplier=training.noise_multiplier if training else None,
+            sample_rate=training.sample_rate if training else None,
             steps=steps,
-            nominal_patients=site.nominal_patients,
+            nominal_patients=nominal,
         ),
         bound,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from safetensors.numpy import load_file
 
 from client import approval, training
 from client.app import app
@@ -20,9 +21,9 @@ from client.site import Site
 from common import exchange, flower, model
 from common.errors import InvalidReply
 from common.exchange import DELIVER, EVALUATE, PREPARE, TRAIN, Prepared, Scored, Task, Update
-from common.metrics import l2_sensitivity
+from common.metrics import Scores
 from common.plan import Plan
-from common.privacy import mechanism
+from common.privacy import histogram_noise_std, mechanism
 from tests.plans import TINY, plan
 from tests.sites import write_site
 
@@ -141,7 +142,6 @@ def test_site_answers_prepare_with_its_public_constants(site: Site) -> None:
         nominal_patients=20,
         patient_is="column",
         parts=("train", "validation", "test"),
-        noise_multiplier=mechanism(asked, nominal_patients=20).noise_multiplier,
         feverfew="0.1.0",
     )
     assert charges(site) == []
@@ -290,10 +290,12 @@ def test_exact_weight_is_the_number_of_training_patients(site: Site) -> None:
 def test_noised_histogram_is_all_that_private_data_send(site: Site) -> None:
     asked = private_plan()
     scored = evaluated(site, asked, exact=False)
-    sigma = mechanism(asked, nominal_patients=20).evaluation_noise_multiplier["test"]
-    assert scored.noise_std == sigma * l2_sensitivity(2)
     counts = scored.arrays["histogram"]
     assert (counts != np.round(counts)).all()
+    kept = load_file(next((site.state / "scores").rglob("test.safetensors")))
+    noise = counts - Scores(**kept).histogram(10).counts
+    std = histogram_noise_std(asked, nominal_patients=20, part="test")
+    assert 4 < np.square(noise / std).sum() < 60, "chi-squared of 20 degrees: once in 10,000"
 
 
 def test_exact_scores_are_sent_without_privacy_and_never_charged(site: Site) -> None:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from client import release, statement
+from client.__main__ import main
 from client.site import Site
 from client.work import planned_spends
 from common.errors import LedgerError
@@ -18,7 +21,6 @@ from tests.plans import plan
 from tests.sites import write_site
 from tests.test_client_restoration import FIRST, SECOND, release_round, release_run
 
-COMMAND = str(Path(sys.executable).with_name("feverfew-client"))
 THIRD = plan(study="chest", rounds=1, training__expected_batch=5, privacy__target_epsilon=1.0)
 
 
@@ -28,8 +30,25 @@ def site(tmp_path: Path) -> Site:
     return write_site(tmp_path / "north", num_patients=10, max_epsilon=10.0, study_budgets=budgets)
 
 
-def told(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([COMMAND, "ledger", *arguments], capture_output=True, text=True, check=False)
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def told(*arguments: str) -> Told:
+    """Runs the command in this process, which has torch already."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as left,
+    ):
+        patch.setattr(sys, "argv", ["feverfew-client", "ledger", *arguments])
+        main()
+    return Told(returncode=int(left.value.code or 0), stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def one_accountant(site: Site, *plans: Plan, part: str = "train") -> float:

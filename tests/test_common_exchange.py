@@ -28,7 +28,6 @@ PREPARED = Prepared(
     nominal_patients=500,
     patient_is="column",
     parts=("train", "test"),
-    noise_multiplier=1.5,
     feverfew="0.1.0",
 )
 HISTOGRAM = np.arange(8, dtype=np.float64).reshape(1, 2, 4) - 2
@@ -230,7 +229,7 @@ def test_task_with_parameters_under_another_name_is_malformed() -> None:
 def test_prepared_is_read_back() -> None:
     assert exchange.read_prepared(exchange.prepared_record(PREPARED)) == PREPARED
     declined = dataclasses.replace(
-        PREPARED, status="declined", reason="budget_exceeded", noise_multiplier=0.0
+        PREPARED, status="declined", reason="budget_exceeded"
     )
     assert exchange.read_prepared(exchange.prepared_record(declined)) == declined
 
@@ -245,10 +244,6 @@ def test_prepared_is_read_back() -> None:
         ("nominal_patients", -5),
         ("nominal_patients", 2.5),
         ("nominal_patients", True),
-        ("noise_multiplier", -0.5),
-        ("noise_multiplier", math.nan),
-        ("noise_multiplier", math.inf),
-        ("noise_multiplier", "1"),
         ("parts", [1, 2]),
         ("parts", 3),
         ("extra", "field"),
@@ -413,7 +408,6 @@ def noised(**changes: Any) -> RecordDict:
         "server_round": 3,
         "part": "test",
         "arrays": {"histogram": HISTOGRAM},
-        "noise_std": 1.5,
     }
     return exchange.scored_record(Scored(**(scored | changes)))
 
@@ -429,12 +423,12 @@ def exact_arrays(**changes: Any) -> dict[str, Any]:
 
 def test_noised_scores_are_read_back() -> None:
     scored = read_scored(noised(), exact=False)
-    assert (scored.server_round, scored.part, scored.noise_std) == (3, "test", 1.5)
+    assert (scored.server_round, scored.part) == (3, "test")
     np.testing.assert_array_equal(scored.arrays["histogram"], HISTOGRAM)
 
 
 def test_exact_scores_are_read_back() -> None:
-    scored = read_scored(noised(arrays=exact_arrays(), noise_std=0.0), exact=True)
+    scored = read_scored(noised(arrays=exact_arrays()), exact=True)
     for name, array in exact_arrays().items():
         np.testing.assert_array_equal(scored.arrays[name], array)
         assert scored.arrays[name].dtype == array.dtype
@@ -456,8 +450,6 @@ def test_exact_and_noised_scores_are_not_taken_for_each_other() -> None:
     ("changes", "code"),
     [
         ({"server_round": 2}, "server_round"),
-        ({"noise_std": -0.1}, "records"),
-        ({"noise_std": math.nan}, "non_finite"),
         ({"arrays": {"histogram": HISTOGRAM.astype(np.float32)}}, "dtype"),
         ({"arrays": {"histogram": HISTOGRAM[:, :, :3]}}, "shape"),
         ({"arrays": {"histogram": HISTOGRAM[0]}}, "shape"),

@@ -201,6 +201,19 @@ def test_several_problems_are_counted() -> None:
         ({"classes": ("a", "a")}, "distinct classes"),
         ({"strategy__weights": "examples"}, "strategy.weights=examples"),
         ({"privacy": "none", "evaluation__noise_multiplier": 1.0}, "evaluation.noise_multiplier"),
+        (
+            {"rounds": 3, "evaluation__validation_every": 4},
+            "evaluation.validation_every=4 has no effect in rounds=3; set it to at most rounds",
+        ),
+        (
+            {
+                "evaluation__validation_every": 0,
+                "evaluation__test_at_end": False,
+                "evaluation__noise_multiplier": 2.0,
+            },
+            "evaluation.noise_multiplier has no effect where nothing is evaluated",
+        ),
+        ({"privacy__noise": "shared"}, "noise=shared is refused: a site's part of the noise protects nobody"),
         ({"model": "article_cnn"}, "preprocessing.channels=3 preprocessing.size=[64,64]"),
         (
             {"model": "article_cnn", "preprocessing": "rgb64", "preprocessing__size": (28, 28)},
@@ -275,7 +288,7 @@ def test_defaults_of_every_part_of_the_plan_are_looked_for() -> None:
 
 @pytest.mark.parametrize(
     ("rounds", "every", "expected"),
-    [(6, 2, (2, 4, 6)), (5, 2, (2, 4)), (3, 4, ()), (4, 1, (1, 2, 3, 4)), (5, 0, ())],
+    [(6, 2, (2, 4, 6)), (5, 2, (2, 4)), (4, 4, (4,)), (4, 1, (1, 2, 3, 4)), (5, 0, ())],
 )
 def test_validation_follows_every_so_many_rounds(rounds: int, every: int, expected: tuple[int, ...]) -> None:
     assert plan(rounds=rounds, evaluation__validation_every=every).validation_rounds == expected

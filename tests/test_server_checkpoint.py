@@ -19,7 +19,6 @@ PREPARED = Prepared(
     nominal_patients=10,
     patient_is="column",
     parts=("train", "test"),
-    noise_multiplier=1.5,
     feverfew="0.1",
 )
 

@@ -132,7 +132,9 @@ def example(
             training_round(n, rng, num_sites=len(names), last=not tested and n == done)
             for n in range(1, done + 1)
         ],
-        final=Result.merged(released, noise_std=dict.fromkeys(names, noise)) if tested else Result.unknown(),
+        final=Result.merged(released, noise_std=dict.fromkeys(names, noise), bins=10)
+        if tested
+        else Result.unknown(),
         privacy=costs(names, seeded=seeded) if private else no_privacy(seeded=seeded),
         participation={name: participation(name, done=done, tells=False) for name in names},
         timing=Timing(wall_seconds=1234.0, training_seconds=1011.2, overhead_seconds=222.8),
@@ -247,7 +249,8 @@ def test_json_has_the_documented_keys(report):
     assert set(tree["versions"]) == {"feverfew", "flwr", "torch", "monai", "opacus"}
     assert set(tree["rounds"][0]) == {"round", "seconds", "sites_asked", "sites_valid", "train_loss"}
     assert set(tree["rounds"][3]) - set(tree["rounds"][0]) == {"auroc", "auroc_interval", "accuracy"}
-    measures = {"auroc", "auroc_interval", "accuracy", "sensitivity", "specificity", "calibration_error"}
+    values = {"auroc", "accuracy", "sensitivity", "specificity", "calibration_error"}
+    measures = values | {f"{name}_interval" for name in values}
     assert set(tree["final"]) == measures | {"roc", "per_site"}
     assert set(tree["final"]["per_site"]) == set(NAMES)
     assert set(tree["final"]["per_site"]["aspen"]) == measures
@@ -327,19 +330,20 @@ def test_result_pools_the_sites_with_their_noise():
     rng = np.random.default_rng(0)
     exact = {name: site_scores(rng, positives=40, negatives=60, shift=2.0) for name in NAMES[:4]}
     binned = {name: found.histogram(10) for name, found in exact.items()}
-    silent = Result.merged(binned, noise_std={})
-    noised = Result.merged(binned, noise_std=dict.fromkeys(binned, 3.0))
+    silent = Result.merged(binned, noise_std={}, bins=10)
+    noised = Result.merged(binned, noise_std=dict.fromkeys(binned, 3.0), bins=10)
     pooled = Histogram(counts=sum(found.counts for found in binned.values()))
-    assert silent.auroc == SiteResult.of(pooled, noise_std=0).auroc
-    assert noised.auroc_interval == SiteResult.of(pooled, noise_std=6.0).auroc_interval  # 3 times root of 4
-    assert noised.per_site["aspen"] == SiteResult.of(binned["aspen"], noise_std=3.0)
+    assert silent.auroc == SiteResult.of(pooled, noise_std=0, bins=10).auroc
+    with_noise = SiteResult.of(pooled, noise_std=6.0, bins=10)  # 3 times the root of 4
+    assert SiteResult(**{name: getattr(noised, name) for name in SiteResult.model_fields}) == with_noise
+    assert noised.per_site["aspen"] == SiteResult.of(binned["aspen"], noise_std=3.0, bins=10)
     assert silent.roc[0] == (0.0, 0.0) and silent.roc[-1] == (1.0, 1.0)
 
 
 def test_public_scores_of_one_site_stand_beside_histograms_of_others():
     rng = np.random.default_rng(0)
     found = site_scores(rng, positives=40, negatives=60, shift=2.0)
-    result = Result.merged({"north": found.histogram(10), "public": found}, noise_std={"north": 2.0})
+    result = Result.merged({"north": found.histogram(10), "public": found}, noise_std={"north": 2.0}, bins=10)
     assert result.per_site["public"].loss is not None and result.per_site["north"].loss is None
     assert result.loss is None
 

@@ -71,7 +71,6 @@ def _answer(plan: Plan, task: Task, name: str, step: float, facts: dict[str, Any
             "nominal_patients": 10,
             "patient_is": "column",
             "parts": ("train", "validation", "test"),
-            "noise_multiplier": 0.0,
             "feverfew": "0",
         }
         return exchange.prepared_record(Prepared(**{**fields, **facts}))
@@ -86,7 +85,7 @@ def _answer(plan: Plan, task: Task, name: str, step: float, facts: dict[str, Any
             "weights": np.ones(2),
         }
         return exchange.scored_record(
-            Scored(server_round=task.server_round, part=task.part, arrays=arrays, noise_std=0.0)
+            Scored(server_round=task.server_round, part=task.part, arrays=arrays)
         )
     return exchange.delivered_record()
 
