@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,10 +138,11 @@ def ledger_head(site: Site) -> Head | None:
 
 
 def attach_ledger_head(site: Site, content: RecordDict) -> None:
-    """Adds the last row of the ledger to a reply."""
-    head = ledger_head(site)
-    if head is not None:
-        exchange.attach_head(content, head)
+    """Adds the last row of the ledger to a reply; a broken one has none that anybody should remember."""
+    with contextlib.suppress(LedgerError):
+        head = ledger_head(site)
+        if head is not None:
+            exchange.attach_head(content, head)
 
 
 def ledger_path(site: Site) -> Path:

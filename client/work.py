@@ -4,6 +4,7 @@ approval, charge on disk, work, reply on disk, reply sent."""
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -20,12 +21,14 @@ from client.noise import Key, secure_key, seeded_key
 from client.replies import Reply
 from client.site import Site
 from common import model
-from common.errors import Refusal
+from common.errors import LedgerError, Refusal
 from common.exchange import Prepared, Scored, Task, Update
 from common.metrics import Scores
 from common.plan import NoPrivacy, Plan, Preprocessing
 from common.privacy import Mechanism, Spend, mechanism, run_spends
 from common.trail import Trail
+
+logger = logging.getLogger("feverfew.site")
 
 
 def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
@@ -40,6 +43,9 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
         _cohort(site, plan)
     except Refusal as refusal:
         reason = refusal.code
+    except LedgerError as error:
+        logger.error("%s", error)
+        reason = "ledger_broken"
     status = {"": "approved", "not_approved": "waiting"}.get(reason, "declined")
     _mechanism(site, plan)  # a plan that no noise can satisfy here is not waited for; the rest is cached
     _trail(site).record("prepared", run=task.run, plan_hash=plan.hash, status=status, reason=reason)

@@ -20,6 +20,7 @@ _SMALLEST_NOISE_MULTIPLIER, _LARGEST_NOISE_MULTIPLIER = 1e-2, 1e4
 _SIGNIFICANT_DIGITS = 5
 _WHOLE_ORDERS = [float(order) for order in (*range(2, 64), 80, 128, 256, 512, 1024)]
 _EPSILON_ERROR_FRACTION = 3e-3  # what the PRV accountant may overstate epsilon by, relative to epsilon
+_LEAST_ERROR = 1e-4
 _TARGET_SLACK_FRACTION = 4e-3  # calibration stops when epsilon lies this close below the target
 
 
@@ -88,7 +89,10 @@ def _epsilon(history: tuple[Spend, ...], delta: float) -> Epsilon:
         return Epsilon(value=_gaussian_epsilon(mu, delta), accountant="gaussian")
     rdp = _rdp_epsilon(history, delta)
     try:
-        prv = _prv_epsilon(history, delta, error=max(1e-4, rdp * _EPSILON_ERROR_FRACTION))
+        prv = _prv_epsilon(history, delta, error=max(_LEAST_ERROR, rdp * _EPSILON_ERROR_FRACTION))
+        finer = max(_LEAST_ERROR, prv * _EPSILON_ERROR_FRACTION)
+        if prv < rdp / 1.3:  # the error was a larger part of epsilon than it may be
+            prv = min(prv, _prv_epsilon(history, delta, error=finer))
     except (RuntimeError, ValueError, OverflowError, MemoryError):
         prv = math.inf  # the grid of the numerical composition does not exist for extreme values
     if 0 <= prv <= rdp:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,15 @@ from client.cohort import Part, open_cohort
 from client.site import open_site
 from common.errors import ConfigError, DataError
 from common.plan import Plan
-from server.page import number, upward
-from simulations import attack_page, auditor
+from server.page import number, percent, upward
+from simulations import attack_page, auditor, inversion, membership
 from simulations.auditor import Audit
 from simulations.implementation import PRODUCT
+from simulations.inversion import Inversion
+from simulations.membership import Membership
 from simulations.settings import Attack, Settings
 
-JSON_NAME, HTML_NAME = "attack.json", "attack.html"
+JSON_NAME, HTML_NAME, PICTURE_NAME = "attack.json", "attack.html", "inversion.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +36,45 @@ class AttackReport:
     plan_hash: str
     seeded: bool
     audit: Audit
+    membership: Membership | None
+    inversion: Inversion | None
 
     def to_json(self) -> str:
-        """Returns the report as JSON, indented."""
-        tree: dict[str, Any] = asdict(self)
+        """Returns the report as JSON, indented; images are in the page alone."""
+        tree: dict[str, Any] = asdict(replace(self, inversion=None))
+        if self.inversion is not None:
+            told = ("without_privacy", "with_privacy", "epsilon")
+            tree["inversion"] = {name: asdict(self)["inversion"][name] for name in told}
         tree["audit"]["passed"] = self.audit.passed
         for written, check in zip(tree["audit"]["checks"], self.audit.checks, strict=True):
             written["passed"] = check.passed
         return json.dumps(tree, indent=2) + "\n"
 
+    def comparisons(self) -> Iterator[tuple[str, str, str]]:
+        """Yields what the other attacks reached: what it is, with privacy, without."""
+        if self.membership is not None:
+            private, plain = self.membership.private, self.membership.none
+            for name, one, other in (
+                ("loss", private.loss_threshold, plain.loss_threshold),
+                ("likelihood ratio", private.likelihood_ratio, plain.likelihood_ratio),
+            ):
+                yield f"membership by {name}: AUC", number(one.auc), number(other.auc)
+                found = percent(one.tpr_at_1_percent), percent(other.tpr_at_1_percent)
+                yield f"membership by {name}: found at 1 % false", *found
+        if self.inversion is not None:
+            private_image, plain_image = self.inversion.with_privacy, self.inversion.without_privacy
+            likenesses = number(private_image.correlation), number(plain_image.correlation)
+            yield "gradient inversion: correlation", *likenesses
+
     def write(self, directory: Path) -> None:
-        """Writes ``attack.json`` and ``attack.html``."""
+        """Writes ``attack.json``, ``attack.html`` and, if an image was recovered, ``inversion.png``."""
         directory.mkdir(parents=True, exist_ok=True)
         (directory / JSON_NAME).write_text(self.to_json(), encoding="utf-8")
-        (directory / HTML_NAME).write_text(attack_page.render(self), encoding="utf-8")
+        drawn = None
+        if self.inversion is not None:
+            inversion.picture(self.inversion, directory / PICTURE_NAME)
+            drawn = (directory / PICTURE_NAME).read_bytes()
+        (directory / HTML_NAME).write_text(attack_page.render(self, picture=drawn), encoding="utf-8")
 
 
 def require_attackable(plan: Plan, settings: Settings) -> None:
@@ -86,7 +113,7 @@ def training_parts(sites: Sequence[Path], plan: Plan) -> list[Part]:
 
 
 def run(plan: Plan, sites: Sequence[Path], *, attack: Attack, directory: Path) -> AttackReport:
-    """Attacks the product and returns the report, which is also written.
+    """Tries all attacks on the product and returns the report, which is also written.
 
     Raises:
         ConfigError: more canaries than parameters; a privacy target that cannot be reached.
@@ -94,17 +121,20 @@ def run(plan: Plan, sites: Sequence[Path], *, attack: Attack, directory: Path) -
     """
     parts = training_parts(sites, plan)
     with _progress() as bars:
-        rounds = bars.add_task("audit", total=plan.rounds)
-        audit = auditor.run(
-            plan,
-            parts,
-            attack=attack,
-            implementation=PRODUCT,
-            on_round=lambda done: bars.update(rounds, completed=done),
+        report = AttackReport(
+            study=plan.study,
+            plan_hash=plan.hash,
+            seeded=plan.randomness == "seeded",
+            audit=auditor.run(
+                plan, parts, attack=attack, implementation=PRODUCT, on_round=_bar(bars, "audit")
+            ),
+            membership=None
+            if attack.membership is None
+            else membership.run(plan, trial=attack.membership, on_model=_bar(bars, "membership inference")),
+            inversion=None
+            if attack.inversion is None
+            else inversion.run(plan, trial=attack.inversion, on_step=_bar(bars, "gradient inversion")),
         )
-    report = AttackReport(
-        study=plan.study, plan_hash=plan.hash, seeded=plan.randomness == "seeded", audit=audit
-    )
     report.write(directory)
     return report
 
@@ -112,6 +142,12 @@ def run(plan: Plan, sites: Sequence[Path], *, attack: Attack, directory: Path) -
 def _progress() -> Progress:
     columns = (MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     return Progress(*columns, console=Console(stderr=True))
+
+
+def _bar(bars: Progress, name: str) -> Callable[[int, int], None]:
+    """Returns what takes (done, total) and moves a bar of that name."""
+    task = bars.add_task(name, total=None)
+    return lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def show(report: AttackReport, *, directory: Path) -> None:
@@ -129,6 +165,7 @@ def summary_table(report: AttackReport) -> Table:
     table.add_column("what", no_wrap=True)
     table.add_column("measured", justify="right", no_wrap=True)
     table.add_column("allowed", justify="right", no_wrap=True)
+    table.add_column("privacy=none", justify="right", no_wrap=True)
     allowed = f"<= {upward(audit.ledger_epsilon)}"
     for finding in audit.findings:
         table.add_row(f"epsilon from the {finding.seen}", f">= {number(finding.lower_bound, 2)}", allowed)
@@ -136,4 +173,6 @@ def summary_table(report: AttackReport) -> Table:
         sign = ">=" if check.at_least else "<="
         mark = "" if check.passed else " FAILED"
         table.add_row(f"test of {check.name}{mark}", f"{check.measured:.3g}", f"{sign} {check.limit:.4g}")
+    for what, private, none in report.comparisons():
+        table.add_row(what, private, "", none)
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,12 @@ class Bar:
     kind: str
 
 
-def render(report: AttackReport) -> str:
-    """Returns the whole page as text; everything that comes from outside is escaped."""
+def render(report: AttackReport, *, picture: bytes | None = None) -> str:
+    """Returns the whole page as text; everything that comes from outside is escaped.
+
+    Args:
+        picture: the recovered images, PNG.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -37,7 +42,12 @@ def render(report: AttackReport) -> str:
     )
     environment.filters.update(number=number, percent=percent, upward=upward, delta=delta)
     page = environment.get_template("attack.html")
-    return page.render(report=report, audit=report.audit, bars=list(bars(report.audit)))
+    return page.render(
+        report=report,
+        audit=report.audit,
+        bars=list(bars(report.audit)),
+        picture=None if picture is None else base64.b64encode(picture).decode("ascii"),
+    )
 
 
 def bars(audit: Audit) -> Iterator[Bar]:

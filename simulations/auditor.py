@@ -70,14 +70,14 @@ def run(
     *,
     attack: Attack,
     implementation: Implementation,
-    on_round: Callable[[int], None] = lambda server_round: None,
+    on_round: Callable[[int, int], None] = lambda done, total: None,
 ) -> Audit:
     """Audits an implementation of training.
 
     Args:
         plan: with ``privacy=dp_sgd``.
         parts: the real patients of each site; canaries are added to those of the first.
-        on_round: told the number of each round that begins.
+        on_round: told (done, total) of the rounds.
 
     Raises:
         ConfigError: no privacy to audit, or more canaries than parameters.
@@ -88,15 +88,16 @@ def run(
     whole = [tossed.joined(parts[0]), *parts[1:]]
     with tempfile.TemporaryDirectory(prefix="feverfew-audit-") as directory:
         books = Books(Path(directory), plan=plan, implementation=implementation)
-
-        def one_round(server_round: int) -> None:
-            books.charge(chosen.training(plan.training.local_steps), server_round=server_round)
-            on_round(server_round)
-
         released, final = _train(
-            plan, whole, canaries=tossed, mechanism=chosen, implementation=implementation, before=one_round
+            plan,
+            whole,
+            canaries=tossed,
+            mechanism=chosen,
+            implementation=implementation,
+            books=books,
+            on_round=on_round,
         )
-        cost = books.spent()
+    cost = books.spent
     found = [("released updates", released), ("final model", final)]
     return Audit(
         ledger_epsilon=cost.value,
@@ -147,7 +148,8 @@ def _train(
     canaries: Canaries,
     mechanism: Mechanism,
     implementation: Implementation,
-    before: Callable[[int], None],
+    books: Books,
+    on_round: Callable[[int, int], None],
 ) -> tuple[Floats, Floats]:
     """Returns the sum of the first site's updates, and the change of the global model over the run."""
     network = model.build(plan)
@@ -155,7 +157,7 @@ def _train(
     parameters, released = start, np.zeros(len(start))
     theirs = [canaries] + [nobody(first_label=canaries.first_label)] * (len(parts) - 1)
     for server_round in range(1, plan.rounds + 1):
-        before(server_round)
+        books.charge(mechanism.training(plan.training.local_steps), server_round=server_round)
         mean = FixedPointSum(len(start), bound=plan.strategy.update_bound)
         for number, (part, own) in enumerate(zip(parts, theirs, strict=True)):
             model.load(network, parameters)
@@ -166,11 +168,15 @@ def _train(
             mean.add(trained.update, weight=1)
             released += trained.update if number == 0 else 0.0
         parameters = parameters + np.float32(plan.strategy.server_learning_rate) * mean.mean()
+        on_round(server_round, plan.rounds)
     return released, parameters.astype(np.float64) - start
 
 
 class Books:
-    """The audited site's ledger: the product's own, in a directory for this run only."""
+    """The audited site's ledger: the product's own, in a directory for this run only.
+
+    ``spent``: what the ledger says after the last charge.
+    """
 
     def __init__(self, directory: Path, *, plan: Plan, implementation: Implementation) -> None:
         assert isinstance(plan.privacy, DpSgd)
@@ -178,7 +184,7 @@ class Books:
         self._delta = plan.privacy.delta
         self._budget = plan.privacy.target_epsilon or math.inf
         self._key = keys.generate()
-        self._spent = Epsilon(value=0.0, accountant="gaussian")
+        self.spent = Epsilon(value=0.0, accountant="gaussian")
 
     def charge(self, spend: Spend, *, server_round: int) -> None:
         """Charges a round before it is trained."""
@@ -192,11 +198,7 @@ class Books:
         )
         with closing(ledger):
             ledger.charge(self._row(spend, server_round), max_repeats=0)
-            self._spent = ledger.spent()
-
-    def spent(self) -> Epsilon:
-        """Returns what the ledger says after the last round."""
-        return self._spent
+            self.spent = ledger.spent()
 
     def _row(self, spend: Spend, server_round: int) -> Charge:
         return Charge(

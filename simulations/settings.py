@@ -12,6 +12,7 @@ from common.errors import ConfigError
 from common.plan import Value, first_problem
 from simulations.hospitals import DirectorySource, MedMnistSource, PhantomSource, Source
 from simulations.phantom import CLASS_NAMES
+from simulations.trials import InversionTrial, MembershipTrial
 
 _SOURCES: dict[str, type[PhantomSource] | type[MedMnistSource] | type[DirectorySource]] = {
     "phantoms": PhantomSource,
@@ -34,16 +35,18 @@ class Experiment(Value):
 
 
 class Attack(Value):
-    """How much an audit is to find out: what ``conf/attack/default.yaml`` holds.
+    """How much the attacks are to find out: what ``conf/attack/default.yaml`` holds.
 
     ``false_alarm_prob`` is that of each statistical test of the mechanism; ``confidence`` is that of each
-    lower bound of epsilon.
+    lower bound of epsilon. ``membership`` and ``inversion``: None to leave that attack out.
     """
 
     num_canaries: Annotated[int, Field(ge=100, le=100_000)]
     num_guesses: Annotated[int, Field(ge=2, multiple_of=2)]
     confidence: Annotated[float, Field(gt=0.5, lt=1)]
     false_alarm_prob: Annotated[float, Field(gt=0, lt=0.1)]
+    membership: MembershipTrial | None
+    inversion: InversionTrial | None
 
     @model_validator(mode="after")
     def _guesses_are_about_canaries(self) -> Self:

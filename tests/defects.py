@@ -1,4 +1,4 @@
-"""Faults that implementations of DP-SGD have had, planted one at a time; values, never flags in the product."""
+"""Planted faults of DP-SGD, each a value that takes the place of one part of training; never a flag."""
 
 from __future__ import annotations
 
