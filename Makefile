@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TEST_MARKS ?= not slow and not deployment and not gpu
 RUN ?= pytest
 
-.PHONY: simulate test check format bench clean
+.PHONY: simulate test check format bench kill clean
 
 simulate: $(VENV)/installed
 	$(BIN)/feverfew-simulate $(OVERRIDES)
@@ -24,6 +24,10 @@ format: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.round_cost
+
+# Two hundred runs of a site that is killed and asked again at random.
+kill: $(VENV)/installed-dev
+	$(BIN)/python -c 'from tests.crash import repeat; print(repeat(200), "misses in 200 runs")'
 
 clean:
 	rm -rf $(VENV) build *.egg-info

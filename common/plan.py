@@ -231,8 +231,8 @@ class Plan(Value):
         asked = self.evaluation
         if asked.validation_every > self.rounds:
             raise ValueError(
-                f"evaluation.validation_every={asked.validation_every} has no effect in rounds={self.rounds}; "
-                "set it to at most rounds, or to 0 for never"
+                f"evaluation.validation_every={asked.validation_every} has no effect in "
+                f"rounds={self.rounds}; set it to at most rounds, or to 0 for never"
             )
         if asked.noise_multiplier is not None and not asked.validation_every and not asked.test_at_end:
             raise ValueError("evaluation.noise_multiplier has no effect where nothing is evaluated")

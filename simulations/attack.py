@@ -28,6 +28,9 @@ from simulations.settings import Attack, Settings
 JSON_NAME, HTML_NAME, PICTURE_NAME = "attack.json", "attack.html", "inversion.png"
 
 
+_IMAGES = ("original", "recovered_without_privacy", "recovered_with_privacy")
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttackReport:
     """What the attacks found."""
@@ -43,8 +46,8 @@ class AttackReport:
         """Returns the report as JSON, indented; images are in the page alone."""
         tree: dict[str, Any] = asdict(replace(self, inversion=None))
         if self.inversion is not None:
-            told = ("without_privacy", "with_privacy", "epsilon")
-            tree["inversion"] = {name: asdict(self)["inversion"][name] for name in told}
+            found = asdict(self.inversion)
+            tree["inversion"] = {name: value for name, value in found.items() if name not in _IMAGES}
         tree["audit"]["passed"] = self.audit.passed
         for written, check in zip(tree["audit"]["checks"], self.audit.checks, strict=True):
             written["passed"] = check.passed
@@ -60,7 +63,7 @@ class AttackReport:
             ):
                 yield f"membership by {name}: AUC", number(one.auc), number(other.auc)
                 found = percent(one.tpr_at_1_percent), percent(other.tpr_at_1_percent)
-                yield f"membership by {name}: found at 1 % false", *found
+                yield f"membership by {name}: TPR at 1 % FPR", *found
         if self.inversion is not None:
             private_image, plain_image = self.inversion.with_privacy, self.inversion.without_privacy
             likenesses = number(private_image.correlation), number(plain_image.correlation)
@@ -154,6 +157,8 @@ def show(report: AttackReport, *, directory: Path) -> None:
     """Prints what was found and where the files are."""
     console = Console()
     console.print(summary_table(report))
+    if report.membership is not None or report.inversion is not None:
+        console.print(comparison_table(report))
     console.print(f"report: {directory / HTML_NAME}", highlight=False, soft_wrap=True)
 
 
@@ -165,7 +170,6 @@ def summary_table(report: AttackReport) -> Table:
     table.add_column("what", no_wrap=True)
     table.add_column("measured", justify="right", no_wrap=True)
     table.add_column("allowed", justify="right", no_wrap=True)
-    table.add_column("privacy=none", justify="right", no_wrap=True)
     allowed = f"<= {upward(audit.ledger_epsilon)}"
     for finding in audit.findings:
         table.add_row(f"epsilon from the {finding.seen}", f">= {number(finding.lower_bound, 2)}", allowed)
@@ -173,6 +177,15 @@ def summary_table(report: AttackReport) -> Table:
         sign = ">=" if check.at_least else "<="
         mark = "" if check.passed else " FAILED"
         table.add_row(f"test of {check.name}{mark}", f"{check.measured:.3g}", f"{sign} {check.limit:.4g}")
-    for what, private, none in report.comparisons():
-        table.add_row(what, private, "", none)
+    return table
+
+
+def comparison_table(report: AttackReport) -> Table:
+    """Returns what the other attacks reached with privacy and without."""
+    table = Table()
+    table.add_column("attack", no_wrap=True)
+    for name in ("private", "privacy=none"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in report.comparisons():
+        table.add_row(*row)
     return table

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.cohort import Part
-from client.ledger import Charge, Ledger
 from client.noise import Key, secure_key, seeded_key
-from common import keys, model, privacy
+from common import model, privacy
 from common.errors import ConfigError
 from common.plan import DpSgd, Plan
-from common.privacy import Epsilon, Mechanism, Spend
+from common.privacy import Mechanism
 from server.strategy import FixedPointSum
 from simulations import audit
 from simulations.audit import Guesses
+from simulations.books import Books
 from simulations.canaries import Canaries, nobody, toss
 from simulations.checks import Check, Silence, noise_scale, participation, sensitivity
 from simulations.implementation import Implementation
@@ -170,48 +168,6 @@ def _train(
         parameters = parameters + np.float32(plan.strategy.server_learning_rate) * mean.mean()
         on_round(server_round, plan.rounds)
     return released, parameters.astype(np.float64) - start
-
-
-class Books:
-    """The audited site's ledger: the product's own, in a directory for this run only.
-
-    ``spent``: what the ledger says after the last charge.
-    """
-
-    def __init__(self, directory: Path, *, plan: Plan, implementation: Implementation) -> None:
-        assert isinstance(plan.privacy, DpSgd)
-        self._directory, self._plan, self._book = directory, plan, implementation.book
-        self._delta = plan.privacy.delta
-        self._budget = plan.privacy.target_epsilon or math.inf
-        self._key = keys.generate()
-        self.spent = Epsilon(value=0.0, accountant="gaussian")
-
-    def charge(self, spend: Spend, *, server_round: int) -> None:
-        """Charges a round before it is trained."""
-        path = self._directory / self._book(server_round)
-        ledger = Ledger(
-            path,
-            head=path.with_suffix(".head"),
-            key=self._key,
-            max_epsilon=self._budget,
-            delta=self._delta,
-        )
-        with closing(ledger):
-            ledger.charge(self._row(spend, server_round), max_repeats=0)
-            self.spent = ledger.spent()
-
-    def _row(self, spend: Spend, server_round: int) -> Charge:
-        return Charge(
-            task=str(server_round),
-            run="audit",
-            plan_hash=self._plan.hash,
-            study=self._plan.study,
-            server_round=server_round,
-            purpose="training",
-            part="train",
-            spend=spend,
-            nominal_patients=self._plan.training.expected_batch,
-        )
 
 
 def _finding(seen: str, change: Floats, tossed: Canaries, *, delta: float, attack: Attack) -> Finding:

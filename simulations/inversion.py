@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from client.cohort import Part
 from client.training import case_losses, to_input, train_by_plan
 from common import model, privacy
 from common.model import FlatArray
-from common.plan import DpSgd, Plan
+from common.plan import Plan
 from simulations.membership import key_of
 from simulations.patients import phantom_part
-from simulations.trials import InversionTrial, changed, without_privacy
+from simulations.trials import InversionTrial, changed, delta_of, without_privacy
 
 Picture = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -41,19 +41,23 @@ _DPI = 100
 class Likeness:
     """How much a recovered image is like the original; blind to brightness and contrast, as the network is.
 
-    correlation: of the pixels, 1 for the image itself and about 0 for another. psnr_db: peak signal-to-noise
-    ratio in decibels, after the recovered image got mean and spread of the original.
+    correlation: of the pixels. psnr_db: peak signal-to-noise ratio in decibels, after the recovered image got
+    mean and spread of the original. rank: the place of the original among images of different patients, the
+    most like the recovered one first; patients look like each other, so a correlation alone says little.
     """
 
     correlation: float
     psnr_db: float
+    rank: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inversion:
     """An image and what was recovered of it: float32, (height, width), in [0, 1].
 
-    Recovered images have the original's mean and spread. epsilon: what the one private step costs.
+    Recovered images have the original's mean and spread. num_patients: of how many patients the ranks are.
+    others_correlation: of the original with the other patients' images, on average. epsilon: what the one
+    private step costs.
     """
 
     original: Picture
@@ -61,6 +65,8 @@ class Inversion:
     recovered_with_privacy: Picture
     without_privacy: Likeness
     with_privacy: Likeness
+    num_patients: int
+    others_correlation: float
     epsilon: float
 
 
@@ -74,8 +80,11 @@ def run(
     Args:
         plan: gives model, privacy, preprocessing and seed.
         on_step: told (done, total) of the steps of both searches.
+
+    Raises:
+        ConfigError: the plan has no privacy.
     """
-    assert isinstance(plan.privacy, DpSgd), "privacy=none has nothing to show beside it"
+    delta = delta_of(plan)
     private = changed(
         plan,
         image_size=trial.image_size,
@@ -85,25 +94,37 @@ def run(
         momentum=0.0,
         weight_decay=0.0,
     )
-    part = phantom_part(
-        1, cases_per_patient=1, asked=private.preprocessing, image_size=2 * trial.image_size, seed=plan.seed
+    everybody = phantom_part(
+        trial.num_patients,
+        cases_per_patient=1,
+        asked=private.preprocessing,
+        image_size=2 * trial.image_size,
+        seed=plan.seed,
     )
-    total = 2 * trial.iterations
-    recovered = [
-        _recovered(chosen, part, trial=trial, on_step=lambda done, first=first: on_step(first + done, total))
-        for first, chosen in ((0, without_privacy(private)), (trial.iterations, private))
-    ]
-    original = to_input(part.images[:1]).numpy().mean(axis=(0, 1))
-    plain, noised = (_toned(one, original) for one in recovered)
+    victim = replace(everybody, patients=everybody.patients[:1])
+    images = to_input(everybody.images).numpy().mean(axis=1)
+    plain = _recovered(
+        without_privacy(private),
+        victim,
+        trial=trial,
+        on_step=lambda done: on_step(done, 2 * trial.iterations),
+    )
+    noised = _recovered(
+        private,
+        victim,
+        trial=trial,
+        on_step=lambda done: on_step(trial.iterations + done, 2 * trial.iterations),
+    )
+    spend = privacy.mechanism(private, nominal_patients=1).training(1)
     return Inversion(
-        original=original,
-        recovered_without_privacy=plain,
-        recovered_with_privacy=noised,
-        without_privacy=likeness(plain, original),
-        with_privacy=likeness(noised, original),
-        epsilon=privacy.epsilon(
-            [privacy.mechanism(private, nominal_patients=1).training(1)], delta=plan.privacy.delta
-        ).value,
+        original=images[0],
+        recovered_without_privacy=toned(plain, images[0]),
+        recovered_with_privacy=toned(noised, images[0]),
+        without_privacy=likeness(plain, images),
+        with_privacy=likeness(noised, images),
+        num_patients=trial.num_patients,
+        others_correlation=float(np.mean([_correlation(images[0], other) for other in images[1:]])),
+        epsilon=privacy.epsilon([spend], delta=delta).value,
     )
 
 
@@ -176,7 +197,7 @@ def _variation(image: torch.Tensor) -> torch.Tensor:
     return image.diff(dim=-1).abs().mean() + image.diff(dim=-2).abs().mean()
 
 
-def _toned(recovered: Picture, original: Picture) -> Picture:
+def toned(recovered: Picture, original: Picture) -> Picture:
     """Returns the recovered image with mean and spread of the original, within [0, 1]."""
     spread = float(recovered.std())
     scaled = (recovered - recovered.mean()) * (float(original.std()) / spread if spread else 0.0)
@@ -184,19 +205,27 @@ def _toned(recovered: Picture, original: Picture) -> Picture:
     return toned
 
 
-def likeness(recovered: Picture, original: Picture) -> Likeness:
-    """Returns how much two images, of values in [0, 1], are alike.
+def likeness(recovered: Picture, images: Picture) -> Likeness:
+    """Returns how much a recovered image is like the first of several images, and whether more than others.
 
-    >>> ramp = np.linspace(0, 1, 11, dtype=np.float32).reshape(1, 11)
-    >>> found = likeness(np.clip(ramp - 0.1, 0, None), np.clip(ramp, 0.1, None))
-    >>> round(found.correlation, 6), round(found.psnr_db, 3)
-    (1.0, 20.0)
+    Args:
+        recovered: float32, (height, width), in [0, 1].
+        images: float32, (patients, height, width), in [0, 1].
     """
-    error = float(np.mean((recovered.astype(np.float64) - original) ** 2))
-    if not (recovered.std() and original.std()):
-        return Likeness(correlation=0.0, psnr_db=_decibels(error))
-    correlation = float(np.corrcoef(recovered.reshape(-1), original.reshape(-1))[0, 1])
-    return Likeness(correlation=correlation, psnr_db=_decibels(error))
+    correlations = [_correlation(recovered, image) for image in images]
+    error = np.mean((toned(recovered, images[0]).astype(np.float64) - images[0]) ** 2)
+    return Likeness(
+        correlation=correlations[0],
+        psnr_db=_decibels(float(error)),
+        rank=1 + sum(other >= correlations[0] for other in correlations[1:]),
+    )
+
+
+def _correlation(first: Picture, second: Picture) -> float:
+    """Returns Pearson's correlation of the pixels; 0 where one image is flat."""
+    if not (first.std() and second.std()):
+        return 0.0
+    return float(np.corrcoef(first.reshape(-1), second.reshape(-1))[0, 1])
 
 
 def _decibels(error: float) -> float:
@@ -212,12 +241,12 @@ def picture(inversion: Inversion, path: Path) -> None:
         ("The patient's image", "never leaves the hospital", inversion.original),
         (
             "Recovered, privacy=none",
-            f"correlation {inversion.without_privacy.correlation:.2f}",
+            _caption(inversion.without_privacy, inversion),
             inversion.recovered_without_privacy,
         ),
         (
             f"Recovered, epsilon {inversion.epsilon:.1f}",
-            f"correlation {inversion.with_privacy.correlation:.2f}",
+            _caption(inversion.with_privacy, inversion),
             inversion.recovered_with_privacy,
         ),
     )
@@ -228,3 +257,9 @@ def picture(inversion: Inversion, path: Path) -> None:
         place.set_xticks([])
         place.set_yticks([])
     figure.savefig(path, metadata={"Software": None})
+
+
+def _caption(found: Likeness, inversion: Inversion) -> str:
+    """The likeness in two lines of words."""
+    correlation = round(found.correlation, 2) + 0.0  # no minus before a zero
+    return f"correlation {correlation:.2f}\nplace {found.rank} of {inversion.num_patients} patients"

@@ -25,7 +25,7 @@ from client.training import case_losses, to_input, train_by_plan
 from common import model, privacy
 from common.plan import DpSgd, Plan
 from simulations.patients import phantom_part
-from simulations.trials import MembershipTrial, changed, without_privacy
+from simulations.trials import MembershipTrial, changed, delta_of, without_privacy
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -33,6 +33,9 @@ Flags = np.ndarray[Any, np.dtype[np.bool_]]
 MAX_FALSE_POSITIVE_RATE = 0.01
 _LEAST_MODELS = 2
 """Models with and without a patient that a mean and a variance need."""
+
+_LEAST_VARIANCE = 1e-12
+"""For models that all say the same: a ratio stays a number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +82,11 @@ def run(
     Args:
         plan: gives model, privacy, preprocessing and seed; the trial gives patients and training.
         on_model: told (done, total) of the models.
+
+    Raises:
+        ConfigError: the plan has no privacy.
     """
-    assert isinstance(plan.privacy, DpSgd), "privacy=none promises nothing"
+    delta_of(plan)
     private = changed(
         plan,
         image_size=trial.image_size,
@@ -90,18 +96,27 @@ def run(
         learning_rate=trial.learning_rate,
         momentum=trial.momentum,
     )
-    done = iter(range(1, 2 * trial.num_models + 1))
-
-    def told() -> None:
-        on_model(next(done), 2 * trial.num_models)
-
+    group = _group(private, trial=trial)
+    total = 2 * trial.num_models
     return Membership(
-        private=_attacked(private, trial=trial, on_model=told),
-        none=_attacked(without_privacy(private), trial=trial, on_model=told),
+        none=_attacked(without_privacy(private), group, on_model=lambda done: on_model(done, total)),
+        private=_attacked(private, group, on_model=lambda done: on_model(trial.num_models + done, total)),
     )
 
 
-def _attacked(plan: Plan, *, trial: MembershipTrial, on_model: Callable[[], None]) -> Attacked:
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Patients of one case each, in whose labels the wrong ones are, and who is in which model's training.
+
+    is_wrong: bool, (patients,). is_member: bool, (models, patients).
+    """
+
+    part: Part
+    is_wrong: Flags
+    is_member: Flags
+
+
+def _group(plan: Plan, *, trial: MembershipTrial) -> _Group:
     rng = np.random.default_rng([plan.seed, trial.num_patients])
     part = phantom_part(
         trial.num_patients,
@@ -111,22 +126,28 @@ def _attacked(plan: Plan, *, trial: MembershipTrial, on_model: Callable[[], None
         seed=plan.seed,
     )
     is_wrong = rng.random(trial.num_patients) < trial.wrong_label_fraction
-    part = replace(part, labels=np.where(is_wrong, 1 - part.labels, part.labels))
-    is_member = rng.random((trial.num_models, trial.num_patients)) < 0.5
-    nominal = max(1, trial.num_patients // 2)
+    return _Group(
+        part=replace(part, labels=np.where(is_wrong, 1 - part.labels, part.labels)),
+        is_wrong=is_wrong,
+        is_member=rng.random((trial.num_models, trial.num_patients)) < 0.5,
+    )
+
+
+def _attacked(plan: Plan, group: _Group, *, on_model: Callable[[int], None]) -> Attacked:
+    part, is_member = group.part, group.is_member
+    nominal = max(1, len(part.patients) // 2)
     confidences, losses = [], []
     for number, included in enumerate(is_member, start=1):
         network = _trained(plan, _only(part, included), nominal_patients=nominal, number=number)
         confidence, loss = _told(network, part)
         confidences.append(confidence)
         losses.append(loss)
-        on_model()
+        on_model(number)
     confidence = np.stack(confidences)
-    is_right = np.where(is_wrong, confidence < 0, confidence > 0)
     return Attacked(
         loss_threshold=attack(-np.stack(losses), is_member=is_member),
         likelihood_ratio=attack(likelihood_ratios(confidence, is_member=is_member), is_member=is_member),
-        accuracy=float(is_right[~is_member].mean()),
+        accuracy=accuracy(confidence, is_wrong=group.is_wrong, is_member=is_member),
         epsilon=_epsilon(plan, nominal_patients=nominal),
     )
 
@@ -166,6 +187,18 @@ def _told(network: nn.Module, part: Part) -> tuple[Floats, Floats]:
     return np.where(part.labels == 1, logits, -logits), losses
 
 
+def accuracy(confidence: Floats, *, is_wrong: Flags, is_member: Flags) -> float:
+    """Returns how often models are right about patients that they were not trained on.
+
+    Args:
+        confidence: float64, (models, patients), log odds of the label in the case table.
+        is_wrong: bool, (patients,), whether that label is not the true one.
+        is_member: bool, (models, patients).
+    """
+    is_right = np.where(is_wrong, confidence < 0, confidence > 0)
+    return float(is_right[~is_member].mean())
+
+
 def likelihood_ratios(confidence: Floats, *, is_member: Flags) -> Floats:
     """Returns the log likelihood ratio of "trained with" to "trained without" for every model and patient.
 
@@ -200,7 +233,7 @@ def _normal(values: Floats, chosen: Flags) -> tuple[Floats, float]:
     means = (values * chosen).sum(axis=0) / counts
     squares = ((values - means) ** 2 * chosen).sum()
     freedom = max(1, int((counts - 1).sum()))
-    return means, max(float(squares) / freedom, np.finfo(np.float64).tiny)
+    return means, max(float(squares) / freedom, _LEAST_VARIANCE)
 
 
 def attack(scores: Floats, *, is_member: Flags) -> Attack:

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from common.plan import NonNegative, NoPrivacy, Plan, Positive, Size, Value
+from common.errors import ConfigError
+from common.plan import DpSgd, NonNegative, NoPrivacy, Plan, Positive, Size, Value
 from simulations.phantom import CLASS_NAMES
 
 
@@ -30,9 +31,11 @@ class MembershipTrial(Value):
 class InversionTrial(Value):
     """One image, one step, and how long somebody looks for the image in the update.
 
-    ``smoothness``: weight of the total variation of the image that is looked for.
+    ``num_patients``: what is recovered is compared with the images of so many. ``step``: of Adam, in grey
+    values. ``smoothness``: weight of the total variation of the image that is looked for.
     """
 
+    num_patients: Annotated[int, Field(ge=2, le=10_000)]
     image_size: Size
     iterations: Annotated[int, Field(ge=1, le=100_000)]
     step: Positive
@@ -46,6 +49,17 @@ def changed(plan: Plan, *, image_size: int, **training: float) -> Plan:
     tree["training"] |= {"proximal_mu": 0.0, "augmentation": None, **training}
     tree["evaluation"] |= {"validation_every": 0}
     return Plan.from_tree(tree)
+
+
+def delta_of(plan: Plan) -> float:
+    """Returns the delta of a plan with privacy.
+
+    Raises:
+        ConfigError: it has none, so there is nothing to compare with.
+    """
+    if not isinstance(plan.privacy, DpSgd):
+        raise ConfigError("Expected privacy=dp_sgd to attack, found privacy=none; leave it out.")
+    return plan.privacy.delta
 
 
 def without_privacy(plan: Plan) -> Plan:

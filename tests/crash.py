@@ -1,4 +1,4 @@
-"""A site in a process of its own, killed with SIGKILL at a chosen step; ``python -m tests.crash 200``.
+"""A site in a process of its own, killed with SIGKILL at a chosen step; ``make kill``.
 
 A step is the beginning or the end of a call of anything that charges, trains, writes or sends: ``STEPS``.
 The process counts them and kills itself at one. What it sent is in files, so that it outlives the process.
@@ -243,8 +243,3 @@ def repeat(times: int, *, seed: int = 0) -> int:
                 misses += 1
                 print(f"run {number}: {error}")
     return misses
-
-
-if __name__ == "__main__":
-    repeats = int(sys.argv[1])
-    print(f"{repeat(repeats)} misses in {repeats} runs")

@@ -228,9 +228,7 @@ def test_task_with_parameters_under_another_name_is_malformed() -> None:
 
 def test_prepared_is_read_back() -> None:
     assert exchange.read_prepared(exchange.prepared_record(PREPARED)) == PREPARED
-    declined = dataclasses.replace(
-        PREPARED, status="declined", reason="budget_exceeded"
-    )
+    declined = dataclasses.replace(PREPARED, status="declined", reason="budget_exceeded")
     assert exchange.read_prepared(exchange.prepared_record(declined)) == declined
 
 

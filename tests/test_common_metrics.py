@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import metrics
+from common import intervals, metrics
 from common.bins import bin_centres, bin_edges, bin_indices
 from common.metrics import Histogram, Scores
 from common.ranking import Classes
@@ -289,6 +289,24 @@ def test_noised_pair_counts_have_the_exact_ones_as_their_mean():
     assert metrics.auroc(Histogram(counts=counts[None])) == pytest.approx(exact / counts.sum(axis=1).prod())
 
 
+@pytest.mark.parametrize("value", [0.5, 0.9])
+def test_variance_that_noise_gives_to_the_pair_sum_is_estimated_without_bias(value):
+    """From noised counts, of which the squares are too large by the noise."""
+    rng = np.random.default_rng(0)
+    counts = 4 * np.array([[30.0, 20, 10, 5, 3, 1, 1, 0, 0, 0], [0, 1, 1, 2, 3, 5, 8, 15, 20, 25]])
+    sums, estimates = [], []
+    for _ in range(6000):
+        negatives, positives = counts + 20 * rng.normal(size=counts.shape)
+        classes = Classes(negatives=negatives, positives=positives, neighbour=1 / 12)
+        sums.append(classes.ordered_pairs - value * classes.num_pairs)
+        estimates.append(float(intervals._noise_variance(np.array([value]), classes, 20.0)[0]))
+    assert np.mean(estimates) == pytest.approx(np.var(sums), rel=0.06)
+    kernel = np.tril(np.ones((10, 10)), -1) + np.eye(10) / 2 + (np.eye(10, k=-1) - np.eye(10, k=1)) / 12
+    nobody = Classes(negatives=np.zeros(10), positives=np.zeros(10), neighbour=1 / 12)
+    floor = intervals._noise_variance(np.array([value]), nobody, 20.0)[0]
+    assert floor == pytest.approx(20.0**4 * np.square(kernel - value).sum())
+
+
 def test_threshold_metrics_equal_counting_by_hand():
     statistic = binary([0.1, 0.6, 0.5, 0.4, 0.9, 0.7], [0, 0, 0, 1, 1, 1], [1, 1, 0.5, 0.5, 1, 1])
     for found in (statistic, statistic.histogram(10)):
@@ -436,8 +454,21 @@ def test_ten_bins_read_the_auroc_closer_than_equally_wide_ones(auroc, sharpness,
     assert bias < 0.4 * before and bias < (0.004 if sharpness <= 1 else 0.011)
 
 
+@pytest.mark.parametrize("shift", [0.0, -1.5])
+@pytest.mark.parametrize("sharpness", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("auroc", [0.9, 0.95, 0.99])
+def test_ten_bins_read_a_good_model_within_six_thousandths(auroc, sharpness, shift):
+    exact = binormal(
+        np.random.default_rng(1),
+        auroc=auroc, positives=40_000, negatives=40_000, sharpness=sharpness, shift=shift,
+    )  # fmt: skip
+    assert abs(metrics.auroc(exact.histogram(10)) - metrics.auroc(exact)) < 0.006
+    if auroc == 0.95 and sharpness == 2.0:
+        assert equally_wide_and_tied(exact) - metrics.auroc(exact) < -0.02
+
+
 @pytest.mark.parametrize("auroc", [0.7, 0.8])
-def test_ten_bins_read_a_calibrated_model_of_little_use_within_two_thousandths(auroc):
+def test_ten_bins_read_a_calibrated_model_of_little_use_within_five_thousandths(auroc):
     exact = binormal(np.random.default_rng(0), auroc=auroc, positives=20_000, negatives=20_000)
     assert abs(metrics.auroc(exact.histogram(10)) - metrics.auroc(exact)) < 0.005
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ast
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import yaml
 from flwr.app import Context, Message, RecordDict
@@ -15,9 +18,12 @@ from flwr.app import Context, Message, RecordDict
 from client import app, rehearsal, skeleton, worker
 from client.agent import SUPERSEDED
 from client.site import SiteSettings
-from common import exchange, flower
+from common import exchange, flower, metrics
+from common.bins import bin_edges
 from common.exchange import Task
+from common.metrics import Histogram
 from common.plan import Plan
+from common.privacy import Spend, epsilon, noise_multiplier
 from tests import plans
 from tests.sites import write_site
 
@@ -144,6 +150,89 @@ def test_every_code_that_the_coordinator_writes_is_explained() -> None:
     written |= set(re.findall(r'isinstance\(problem, InvalidReply\) else "(\w+)"', text))
     documented = [name for row in table(PRIVACY, "server codes") for name in quoted(row[0])]
     assert set(documented) == written and len(documented) == len(written)
+
+
+def test_the_table_of_rounds_is_what_the_accountant_says() -> None:
+    rows = table(PRIVACY, "rounds")
+    assert {int(row[4]) for row in rows} == {1, 3, 10, 50, 100}
+    for row in rows:
+        noise, rate, steps, delta, rounds, alone, true = map(float, row)
+        for count, documented in ((1, alone), (rounds, true)):
+            spend = Spend(noise_multiplier=noise, sample_rate=rate, steps=int(steps * count))
+            assert epsilon([spend], delta=delta).value == pytest.approx(documented, abs=0.0051), row
+
+
+PATIENTS = (50, 100, 200, 500, 1000, 5000)
+AUROC = 0.9
+
+
+def expected_counts(patients: float) -> npt.NDArray[np.float64]:
+    """Expected histogram (2, 10) of a calibrated model: logits of both classes normal, patients in halves."""
+    distance = NormalDist().inv_cdf(AUROC) * math.sqrt(2)
+    edges = bin_edges(10)[1:-1]
+    logits = np.log(edges / (1 - edges))
+    counts = []
+    for mean in (-(distance**2) / 2, distance**2 / 2):
+        below = [NormalDist(mean, distance).cdf(logit) for logit in logits]
+        counts.append(np.diff([0.0, *below, 1.0]) * patients / 2)
+    return np.array(counts)
+
+
+def half_width(patients: float, *, noise_std: float) -> float:
+    """1.96 standard errors of the AUROC: Hanley and McNeil's for the patients, and the noise by hand."""
+    (negatives, positives), size = expected_counts(patients), patients / 2
+    kernel = np.tril(np.ones((10, 10)), -1) + np.eye(10) / 2 + (np.eye(10, k=-1) - np.eye(10, k=1)) / 12
+    off = kernel - AUROC
+    noise = noise_std**2 * (np.square(off @ negatives).sum() + np.square(positives @ off).sum())
+    noise += noise_std**4 * np.square(off).sum()
+    first, second = AUROC / (2 - AUROC) - AUROC**2, 2 * AUROC**2 / (1 + AUROC) - AUROC**2
+    sampling = (AUROC * (1 - AUROC) + (size - 1) * (first + second)) / size**2
+    return 1.96 * math.sqrt(sampling + noise / size**4)
+
+
+def std_of(cost: str) -> float:
+    """Noise in each count of a release that costs so much; two classes have one head."""
+    if cost == "no noise":
+        return 0.0
+    return noise_multiplier(target_epsilon=float(cost), delta=1e-4, sample_rate=1.0, steps=1)
+
+
+def test_the_table_of_what_a_charge_buys_is_computed() -> None:
+    rows = table(PRIVACY, "auroc")
+    assert [row[0] for row in rows] == ["0.5", "1", "3", "8", "no noise"]
+    for cost, *cells in rows:
+        for patients, cell in zip(PATIENTS, cells, strict=True):
+            width = half_width(patients, noise_std=std_of(cost))
+            assert cell == ("-" if width > 0.25 else f"±{width:.3f}"), (cost, patients)
+    text = " ".join(PRIVACY.split())
+    together, alone = (half_width(n, noise_std=std_of("3") * math.sqrt(n / 100)) for n in (1000, 100))
+    assert f"ten sites of 100 patients reach ±{together:.3f}, one alone ±{alone:.3f}" in text
+
+
+@pytest.mark.parametrize(("cost", "patients"), [("1", 500), ("3", 100), ("8", 200), ("no noise", 1000)])
+def test_the_table_of_what_a_charge_buys_is_what_reports_show(cost: str, patients: int) -> None:
+    """Draws patients and noise; the report's own interval adds a little for the width of the bins."""
+    rng = np.random.default_rng(0)
+    std, widths, points = std_of(cost), [], []
+    shares = expected_counts(patients) / (patients / 2)
+    for _ in range(300):
+        counts = np.array([rng.multinomial(patients // 2, share) for share in shares])
+        released = Histogram(counts=(counts + std * rng.normal(size=counts.shape))[None])
+        limits, point = metrics.interval(released, noise_std=std), metrics.auroc(released)
+        assert limits is not None and point is not None
+        widths.append((limits[1] - limits[0]) / 2)
+        points.append(point)
+    expected = half_width(patients, noise_std=std)
+    assert abs(float(np.median(widths)) - expected) < 0.003 + 0.05 * expected
+    assert 1.96 * float(np.std(points)) == pytest.approx(expected, rel=0.25)
+
+
+def test_decision_on_shared_noise_states_what_a_tenth_of_the_noise_is_worth() -> None:
+    decision = " ".join((DOCS / "decisions" / "013-shared-noise.md").read_text(encoding="utf-8").split())
+    sigma = noise_multiplier(target_epsilon=3.0, delta=1e-4, sample_rate=0.2, steps=100)
+    tenth = Spend(noise_multiplier=sigma / math.sqrt(10), sample_rate=0.2, steps=100)
+    worth = epsilon([tenth], delta=1e-4).value
+    assert f"a tenth of the variance would be worth an epsilon of {worth:.1f}" in decision
 
 
 TESTS = {

@@ -13,6 +13,7 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
+from common import metrics
 from common.errors import StateError
 from common.metrics import Histogram, Scores
 from common.plan import canonical_json
@@ -337,6 +338,11 @@ def test_result_pools_the_sites_with_their_noise():
     with_noise = SiteResult.of(pooled, noise_std=6.0, bins=10)  # 3 times the root of 4
     assert SiteResult(**{name: getattr(noised, name) for name in SiteResult.model_fields}) == with_noise
     assert noised.per_site["aspen"] == SiteResult.of(binned["aspen"], noise_std=3.0, bins=10)
+    for name in ("accuracy", "sensitivity", "specificity"):
+        interval = getattr(metrics, f"{name}_interval")(binned["aspen"], noise_std=3.0)
+        assert getattr(noised.per_site["aspen"], f"{name}_interval") == interval
+    error = metrics.calibration_error_interval(binned["aspen"], bins=10, noise_std=3.0)
+    assert noised.per_site["aspen"].calibration_error_interval == error
     assert silent.roc[0] == (0.0, 0.0) and silent.roc[-1] == (1.0, 1.0)
 
 
@@ -346,6 +352,15 @@ def test_public_scores_of_one_site_stand_beside_histograms_of_others():
     result = Result.merged({"north": found.histogram(10), "public": found}, noise_std={"north": 2.0}, bins=10)
     assert result.per_site["public"].loss is not None and result.per_site["north"].loss is None
     assert result.loss is None
+
+
+def test_page_shows_the_interval_of_every_rate(report, tmp_path):
+    report.write(tmp_path)
+    shown = (tmp_path / "report.html").read_text(encoding="utf-8")
+    cards = shown[shown.index('<dl class="cards">') : shown.index("</dl>")]
+    assert cards.count("95 % interval") == 5
+    for name in ("accuracy", "sensitivity", "specificity", "calibration_error"):
+        assert page.bounds(getattr(report.final, f"{name}_interval")) in cards
 
 
 def test_facts_about_an_unknown_site_or_key_are_refused(report):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +12,17 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
-from common import exchange, model
+from common import exchange, metrics, model
 from common.errors import QuorumNotReached
 from common.exchange import Prepared, Scored, Task, Update
+from common.metrics import Histogram
 from common.plan import Plan
+from common.privacy import histogram_noise_std
 from common.trail import Trail, read
 from server import app, checkpoint
 from server.checkpoint import RunState
-from server.report import Report
 from server.heads import Heads
+from server.report import Report
 from server.rounds import Rounds
 from server.strategy import FedAvg
 from tests.grid import Behaviour, InlineGrid
@@ -84,9 +87,7 @@ def _answer(plan: Plan, task: Task, name: str, step: float, facts: dict[str, Any
             "targets": np.array([[0], [1]], dtype=np.int8),
             "weights": np.ones(2),
         }
-        return exchange.scored_record(
-            Scored(server_round=task.server_round, part=task.part, arrays=arrays)
-        )
+        return exchange.scored_record(Scored(server_round=task.server_round, part=task.part, arrays=arrays))
     return exchange.delivered_record()
 
 
@@ -217,7 +218,14 @@ def test_a_missed_quorum_leaves_a_report_that_tells_it(tmp_path: Path, monkeypat
     plan = tiny_plan(**{"sites": 2})
     nodes = {"a": site(plan, "a", 0.5), "b": site(plan, "b", 0.5, edit=_dies)}
     with pytest.raises(QuorumNotReached):
-        app.coordinate(InlineGrid(nodes), plan, run="r", directory=tmp_path, heads=Heads(tmp_path / "heads"), engine="test")
+        app.coordinate(
+            InlineGrid(nodes),
+            plan,
+            run="r",
+            directory=tmp_path,
+            heads=Heads(tmp_path / "heads"),
+            engine="test",
+        )
     report = Report.read(tmp_path)
     assert report.status == "quorum_not_reached"
     assert report.participation["b"].story == "trained 0 of 0 rounds; 1 x error_8"
@@ -346,9 +354,23 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) 
         return {name: site(plan, name, step, edit=edit) for name, step in (("a", 0.3), ("b", 0.7))}
 
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    app.coordinate(InlineGrid(nodes("never")), plan, run="r", directory=whole, heads=Heads(whole / "heads"), engine="test")
+    app.coordinate(
+        InlineGrid(nodes("never")),
+        plan,
+        run="r",
+        directory=whole,
+        heads=Heads(whole / "heads"),
+        engine="test",
+    )
     with pytest.raises(QuorumNotReached):
-        app.coordinate(InlineGrid(nodes("3")), plan, run="r", directory=broken, heads=Heads(broken / "heads"), engine="test")
+        app.coordinate(
+            InlineGrid(nodes("3")),
+            plan,
+            run="r",
+            directory=broken,
+            heads=Heads(broken / "heads"),
+            engine="test",
+        )
     grid = InlineGrid(nodes("never"))
     app.coordinate(grid, plan, run="r", directory=broken, heads=Heads(broken / "heads"), engine="test")
     assert {m.metadata.group_id for m in grid.pushed if m.metadata.message_type == "train"} == {"3", "4"}
@@ -371,3 +393,69 @@ def test_evaluation_merges_the_sites_scores(tmp_path: Path) -> None:
     assert [entry.auroc for entry in report.rounds] == [1.0, 1.0]
     assert report.final.auroc == 1.0 and set(report.final.per_site) == {"a", "b"}
     assert report.privacy.unit == "none" and report.privacy.max_epsilon is None
+
+
+COUNTS = np.array([[[30.0, 20, 12, 8, 5, 3, 2, 1, 0, 0], [0, 0, 1, 2, 4, 6, 9, 14, 20, 30]]])
+
+
+def scoring_site(plan: Plan, name: str, **facts: Any) -> Behaviour:
+    """A site that answers as the installed one does, and an evaluation with a histogram."""
+    others = site(plan, name, 0.0, **facts)
+
+    def behave(message: Message) -> Message | None:
+        task = exchange.read_task(message.content)
+        if task.purpose != "evaluate":
+            return others(message)
+        scored = Scored(server_round=task.server_round, part=task.part, arrays={"histogram": COUNTS})
+        return Message(exchange.scored_record(scored), reply_to=message)
+
+    return behave
+
+
+def test_noise_in_released_counts_is_computed_from_public_values(tmp_path: Path) -> None:
+    """With a named multiplier it differs from site to site, by the sampling rate of each."""
+    plan = tiny_plan(
+        **{
+            "sites": 2,
+            "rounds": 1,
+            "evaluation__test_at_end": True,
+            "privacy": "dp_sgd",
+            "privacy__target_epsilon": None,
+            "privacy__noise_multiplier": 1.5,
+        }
+    )
+    nominal = {"a": 100, "b": 4000}
+    stds = {n: histogram_noise_std(plan, nominal_patients=nominal[n], part="test") for n in nominal}
+    assert stds["b"] > 2 * stds["a"] > 0
+    grid = InlineGrid({n: scoring_site(plan, n, nominal_patients=nominal[n]) for n in nominal})
+    app.coordinate(grid, plan, run="r", directory=tmp_path, heads=Heads(tmp_path / "heads"), engine="test")
+    report = Report.read(tmp_path)
+    for name, std in stds.items():
+        expected = metrics.interval(Histogram(counts=COUNTS), noise_std=std)
+        assert report.final.per_site[name].auroc_interval == pytest.approx(expected)
+        cost = report.privacy.per_site[name]
+        assert cost.noise_multiplier == 1.5
+        assert cost.sample_rate == min(1, plan.training.expected_batch / nominal[name])
+    together = metrics.interval(Histogram(counts=2 * COUNTS), noise_std=math.hypot(*stds.values()))
+    assert report.final.auroc_interval == pytest.approx(together)
+
+
+def test_a_site_whose_number_no_noise_can_serve_is_not_admitted(tmp_path: Path) -> None:
+    """An honest one declines by itself; the coordinator could not say what such a site costs."""
+    plan = tiny_plan(
+        **{
+            "sites": 3,
+            "rounds": 1,
+            "privacy": "dp_sgd",
+            "privacy__target_epsilon": 0.02,
+            "privacy__delta": 1e-6,
+            "training__local_steps": 100_000,
+            "training__expected_batch": 1,
+        }
+    )
+    nominal = {"a": 10**9, "b": 10**9, "c": 1}
+    nodes = {name: site(plan, name, 0.0, nominal_patients=nominal[name]) for name in nominal}
+    rounds = run(plan, nodes, tmp_path)
+    assert set(rounds.state.sites) == {"a", "b"}
+    trail = (tmp_path / "events.jsonl").read_text(encoding="utf-8")
+    assert '"unreachable_target"' in trail
