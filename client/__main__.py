@@ -113,8 +113,7 @@ def _check(arguments: argparse.Namespace) -> int:
         site,
         preprocessing=inspection.usual_preprocessing() if plan is None else plan.preprocessing,
         classes=inspection.labels(site) if plan is None else plan.classes,
-        budget=inspection.budget_line(site),
-        connection=inspection.connection_line(site),
+        others=inspection.lines(site, plan),
         freeze=arguments.freeze,
         as_json=arguments.json,
     )

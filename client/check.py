@@ -6,7 +6,7 @@ Nothing of this leaves the site.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -88,15 +88,13 @@ def check(
     *,
     preprocessing: Preprocessing,
     classes: tuple[str, ...],
-    budget: Line | None = None,
-    connection: Line | None = None,
+    others: Sequence[Line] = (),
     on_progress: OnProgress | None = None,
 ) -> Findings:
     """Looks at a site's data as a plan would use them; reads and preprocesses every case once.
 
     Args:
-        budget: what the ledger says, to be shown with the rest.
-        connection: what trying to reach the coordinator gave.
+        others: what was found beside the data, to be shown with the rest: see ``client.inspection``.
         on_progress: told (done, total); see ``progress``.
 
     Raises:
@@ -110,7 +108,7 @@ def check(
         *_training_lines(site, parts["train"]),
         Line(name="split key", text="present, readable by this account only"),
         _machine_line(site),
-        *(line for line in (connection, budget) if line is not None),
+        *others,
     )
     return Findings(
         site=site.name,
@@ -234,8 +232,7 @@ def report(
     *,
     preprocessing: Preprocessing,
     classes: tuple[str, ...],
-    budget: Line | None = None,
-    connection: Line | None = None,
+    others: Sequence[Line] = (),
     freeze: bool = False,
     as_json: bool = False,
     console: Console | None = None,
@@ -254,8 +251,7 @@ def report(
             site,
             preprocessing=preprocessing,
             classes=classes,
-            budget=budget,
-            connection=connection,
+            others=others,
             on_progress=on_progress,
         )
     console = console or Console()

@@ -1,4 +1,4 @@
-"""What ``feverfew-client check`` tells besides the data: the connection, and what is left of the budget."""
+"""What ``feverfew-client check`` tells besides the data: connection, budget, and what a plan would cost."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from client.check import Line
 from client.release import open_ledger
 from client.site import Site
 from client.table import Case
+from client.work import planned_spends
 from common import keys
 from common.config import compose_plan
-from common.errors import UserError
-from common.plan import Preprocessing
+from common.errors import Refusal, UserError
+from common.plan import Plan, Preprocessing
 
 TIMEOUT_SECONDS = 10.0
 REFUSED = 403
 """What the gateway says to whoever asks for anything but its nine paths: so it is the gateway."""
+
+
+def lines(site: Site, plan: Plan | None) -> list[Line]:
+    """Returns all that is told beside the data."""
+    told = [connection_line(site), budget_line(site)]
+    return told if plan is None else [*told, plan_line(site, plan)]
 
 
 def budget_line(site: Site) -> Line:
@@ -28,6 +35,19 @@ def budget_line(site: Site) -> Line:
             spent = ledger.spent().value
     text = f"epsilon {spent:.2f} of {settings.max_epsilon:g} spent, at delta {settings.delta:g}"
     return Line(name="budget", text=text, level="ok" if spent < settings.max_epsilon else "error")
+
+
+def plan_line(site: Site, plan: Plan) -> Line:
+    """Says what a run of the plan would cost, and whether this site can and may pay it."""
+    try:
+        spends = planned_spends(site, plan)
+        with open_ledger(site) as ledger:
+            alone, total = ledger.projected(spends)
+            ledger.require_affordable(spends, study=plan.study)
+    except (UserError, Refusal) as error:
+        return Line(name="plan", text=f"this site would decline: {error}", level="error")
+    text = f"a run would cost epsilon {alone.value:.2f}; the ledger would then be at {total.value:.2f}"
+    return Line(name="plan", text=text, level="ok")
 
 
 def connection_line(site: Site) -> Line:

@@ -21,7 +21,7 @@ from client.noise import Key, secure_key, seeded_key
 from client.replies import Reply
 from client.site import Site
 from common import model
-from common.errors import LedgerError, Refusal
+from common.errors import LedgerError, PrivacyTargetError, Refusal
 from common.exchange import Prepared, Scored, Task, Update
 from common.metrics import Scores
 from common.plan import NoPrivacy, Plan, Preprocessing
@@ -42,12 +42,12 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
         _require_ledger(site, plan, task)
         _cohort(site, plan)
     except Refusal as refusal:
+        logger.info("declined: %s", refusal)
         reason = refusal.code
     except LedgerError as error:
         logger.error("%s", error)
         reason = "ledger_broken"
     status = {"": "approved", "not_approved": "waiting"}.get(reason, "declined")
-    _mechanism(site, plan)  # a plan that no noise can satisfy here is not waited for; the rest is cached
     _trail(site).record("prepared", run=task.run, plan_hash=plan.hash, status=status, reason=reason)
     return Prepared(
         site=site.name,
@@ -158,7 +158,10 @@ def _require_shape(network: nn.Module, task: Task) -> None:
 
 def _require_ledger(site: Site, plan: Plan, task: Task) -> None:
     """Checks that the ledger is the one that the coordinator remembers, and that the run fits the budget."""
-    spends = planned_spends(site, plan)
+    try:
+        spends = planned_spends(site, plan)
+    except PrivacyTargetError as error:
+        raise Refusal("unreachable_target", str(error)) from None
     if spends:
         approval.keep(site, plan)
         with release.open_ledger(site) as ledger:

@@ -145,6 +145,7 @@ class DpSgd(Value):
     noise: Literal["own", "shared"]
     target_epsilon: Annotated[float, Field(gt=0, le=1000)] | None
     noise_multiplier: Annotated[float, Field(gt=0, le=1e6)] | None
+    max_noise_multiplier: Annotated[float, Field(gt=0, le=1e6)]
     delta: Annotated[float, Field(gt=0, lt=0.1)]
     max_grad_norm: Positive
     loss_bound: Positive
@@ -154,6 +155,8 @@ class DpSgd(Value):
     def _one_of_target_and_multiplier(self) -> Self:
         if (self.target_epsilon is None) == (self.noise_multiplier is None):
             raise ValueError("expected exactly one of target_epsilon and noise_multiplier, the other null")
+        if self.noise_multiplier is not None and self.noise_multiplier > self.max_noise_multiplier:
+            raise ValueError("expected noise_multiplier <= max_noise_multiplier")
         return self
 
     @model_validator(mode="after")
@@ -229,12 +232,7 @@ class Plan(Value):
 
     def _evaluation_has_effect(self) -> None:
         asked = self.evaluation
-        if asked.validation_every > self.rounds:
-            raise ValueError(
-                f"evaluation.validation_every={asked.validation_every} has no effect in "
-                f"rounds={self.rounds}; set it to at most rounds, or to 0 for never"
-            )
-        if asked.noise_multiplier is not None and not asked.validation_every and not asked.test_at_end:
+        if asked.noise_multiplier is not None and not self.validation_rounds and not asked.test_at_end:
             raise ValueError("evaluation.noise_multiplier has no effect where nothing is evaluated")
 
     def _article_cnn_fits(self) -> None:

@@ -169,8 +169,9 @@ def noise_multiplier(*, target_epsilon: float, delta: float, sample_rate: float,
     """
     if steps == 0:
         return 1.0  # never used: a run without steps releases nothing
-    if not _is_reachable(target_epsilon, delta=delta, rate=sample_rate, steps=steps):
-        raise _unreachable(target_epsilon, delta=delta, rate=sample_rate, steps=steps)
+    limit = _LARGEST_NOISE_MULTIPLIER
+    if not _is_reachable(target_epsilon, delta=delta, rate=sample_rate, steps=steps, limit=limit):
+        raise _unreachable(target_epsilon, delta=delta, rate=sample_rate, steps=steps, limit=limit)
     if sample_rate == 1.0:
         exact = math.sqrt(steps) / _gaussian_mu(target_epsilon, delta)
     else:
@@ -178,10 +179,10 @@ def noise_multiplier(*, target_epsilon: float, delta: float, sample_rate: float,
     return _rounded_up(max(exact, _SMALLEST_NOISE_MULTIPLIER))
 
 
-def _is_reachable(target: float, *, delta: float, rate: float, steps: int) -> bool:
+def _is_reachable(target: float, *, delta: float, rate: float, steps: int, limit: float) -> bool:
     if rate == 1.0:
-        return math.sqrt(steps) / _gaussian_mu(target, delta) <= _LARGEST_NOISE_MULTIPLIER
-    largest = Spend(noise_multiplier=_LARGEST_NOISE_MULTIPLIER, sample_rate=rate, steps=steps)
+        return math.sqrt(steps) / _gaussian_mu(target, delta) <= limit
+    largest = Spend(noise_multiplier=limit, sample_rate=rate, steps=steps)
     return _rdp_bound((largest,), delta, orders=_WHOLE_ORDERS) <= target
 
 
@@ -223,7 +224,7 @@ def _rounded_up(value: float) -> float:
 
 
 def require_reachable(plan: Plan, *, nominal_patients: int) -> None:
-    """Checks, in no time, that some noise multiplier gives a site the plan's target.
+    """Checks, in no time, that a noise multiplier that the plan allows gives a site the plan's target.
 
     Raises:
         PrivacyTargetError: none does.
@@ -232,15 +233,16 @@ def require_reachable(plan: Plan, *, nominal_patients: int) -> None:
     if not isinstance(privacy, DpSgd) or privacy.target_epsilon is None or plan.num_steps == 0:
         return
     rate, target = sample_rate(plan, nominal_patients=nominal_patients), privacy.target_epsilon
-    if not _is_reachable(target, delta=privacy.delta, rate=rate, steps=plan.num_steps):
-        raise _unreachable(target, delta=privacy.delta, rate=rate, steps=plan.num_steps)
+    limit = privacy.max_noise_multiplier
+    if not _is_reachable(target, delta=privacy.delta, rate=rate, steps=plan.num_steps, limit=limit):
+        raise _unreachable(target, delta=privacy.delta, rate=rate, steps=plan.num_steps, limit=limit)
 
 
-def _unreachable(target: float, *, delta: float, rate: float, steps: int) -> PrivacyTargetError:
+def _unreachable(target: float, *, delta: float, rate: float, steps: int, limit: float) -> PrivacyTargetError:
     return PrivacyTargetError(
         f"Expected a reachable privacy target, found target_epsilon={target} at delta={delta} with sample "
-        f"rate {rate:.3g} and {steps} steps, which no noise multiplier up to {_LARGEST_NOISE_MULTIPLIER:.0f} "
-        "gives; raise target_epsilon or lower rounds or local_steps."
+        f"rate {rate:.3g} and {steps} steps, which no noise multiplier up to {limit:g} gives; raise "
+        "target_epsilon, lower rounds or local_steps, or leave out a site with so few patients."
     )
 
 
@@ -296,6 +298,7 @@ def mechanism(plan: Plan, *, nominal_patients: int) -> Mechanism:
     rate = sample_rate(plan, nominal_patients=nominal_patients)
     if not isinstance(privacy, DpSgd):
         return Mechanism(sample_rate=rate, noise_multiplier=0.0, evaluation_noise_multiplier={})
+    require_reachable(plan, nominal_patients=nominal_patients)
     training = privacy.noise_multiplier or noise_multiplier(
         target_epsilon=privacy.target_epsilon or 0.0,
         delta=privacy.delta,

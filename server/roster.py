@@ -107,7 +107,8 @@ class Roster:
                 raise InvalidReply("other_name")
             if prepared.site in self.sites and prepared.site in self._names.values():
                 raise InvalidReply("second_node")
-            self._require_reachable(prepared)
+            if prepared.status == "approved":
+                self._require_reachable(prepared)
         except InvalidReply as problem:
             self._trail.record("site_rejected", site=enrolled or f"node {node}", code=problem.code)
             return

@@ -22,7 +22,7 @@ def plan(**changes: Any) -> Plan:
 
     A text for a group chooses its file: ``model="article_cnn"``, ``privacy="none"``. Anything else is set
     after composing: ``rounds=3``, ``classes=("a", "b", "c")``, and with two underscores for a dot,
-    ``training__local_steps=1``. A run too short for the default of ``validation_every`` never validates.
+    ``training__local_steps=1``.
 
     Raises:
         ConfigError: the plan refuses the changes.
@@ -36,9 +36,6 @@ def plan(**changes: Any) -> Plan:
             for part in path:
                 place = place[part]
             place[key] = value
-    evaluation = tree["evaluation"]
-    if "evaluation__validation_every" not in changes and evaluation["validation_every"] > tree["rounds"]:
-        evaluation["validation_every"] = 0
     return Plan.from_tree(tree)
 
 

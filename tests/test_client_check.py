@@ -11,11 +11,14 @@ import yaml
 from PIL import Image as Pillow
 from rich.console import Console
 
-from client import skeleton
+from client import inspection, skeleton, work
 from client.check import Counts, Findings, Level, Line, check, progress, render, report
 from client.site import Site, open_site
 from common import keys
+from common.exchange import Task
 from common.plan import Preprocessing
+from tests.plans import plan
+from tests.sites import write_site
 
 CLASSES = ("normal", "opacity")
 ASKED = Preprocessing(channels=1, size=(8, 8), scaling="percentile", lower=0, upper=100)
@@ -119,14 +122,14 @@ def test_images_as_patients_are_said(tmp_path: Path) -> None:
 def test_lines_of_others_are_shown_and_decide(tmp_path: Path) -> None:
     site = make_site(tmp_path / "site")
     budget = Line(name="budget", text="epsilon 1.5 [bold] of 3.0 left")
-    findings = checked(site, budget=budget)
+    findings = checked(site, others=[budget])
     assert findings.lines[-1] == budget
     output = io.StringIO()
     Console(file=output, width=120).print(render(findings))
     assert budget.text in output.getvalue()
     cut = Line(name="connection", text="no answer", level="error")
-    assert not checked(site, budget=budget, connection=cut).ok
-    assert report(site, preprocessing=ASKED, classes=CLASSES, connection=cut) == 1
+    assert not checked(site, others=[cut, budget]).ok
+    assert report(site, preprocessing=ASKED, classes=CLASSES, others=[cut]) == 1
 
 
 def test_tables_show_what_was_found_and_no_name(tmp_path: Path) -> None:
@@ -147,3 +150,32 @@ def test_progress_reaches_the_end(tmp_path: Path) -> None:
     assert told == [(n, 24) for n in range(1, 25)] * 2  # once to freeze, once to decode
     with progress(Console(file=io.StringIO())) as on_progress:
         on_progress(1, 2)
+
+
+def test_check_says_what_a_plan_would_cost_and_whether_this_site_may_pay_it(tmp_path: Path) -> None:
+    site = write_site(tmp_path / "north", num_patients=10, max_epsilon=3.0)
+    cheap = plan(rounds=2, training__expected_batch=1000, privacy__target_epsilon=2.0)
+    assert inspection.plan_line(site, cheap).level == "ok"
+    assert "epsilon 2.00" in inspection.plan_line(site, cheap).text
+    dear = plan(rounds=2, training__expected_batch=1000, privacy__target_epsilon=4.0)
+    line = inspection.plan_line(site, dear)
+    assert line.level == "error" and "raise max_epsilon" in line.text
+
+
+def test_site_too_small_for_the_target_is_told_so_and_declines(tmp_path: Path) -> None:
+    asked = plan(rounds=100, training__local_steps=100, privacy__target_epsilon=0.5)
+    small = write_site(tmp_path / "small", name="small", num_patients=10)
+    large = write_site(tmp_path / "large", name="large", num_patients=10, nominal_patients=100_000)
+    line = inspection.plan_line(small, asked)
+    assert line.level == "error" and "so few patients" in line.text
+    task = Task(
+        run="r",
+        plan_hash=asked.hash,
+        server_round=0,
+        purpose="prepare",
+        part="",
+        parameters=np.zeros(0, np.float32),
+    )
+    told = work.prepare(small, asked, task)
+    assert (told.status, told.reason) == ("declined", "unreachable_target")
+    assert work.prepare(large, asked, task).status == "approved"

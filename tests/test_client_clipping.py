@@ -32,7 +32,9 @@ def private_gradient(
     privacy = DpSgd(
         mechanism="dp_sgd",
         target_epsilon=None,
+        noise="own",
         noise_multiplier=1.0,
+        max_noise_multiplier=100.0,
         delta=1e-4,
         max_grad_norm=max_grad_norm,
         loss_bound=loss_bound,

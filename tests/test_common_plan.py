@@ -202,10 +202,6 @@ def test_several_problems_are_counted() -> None:
         ({"strategy__weights": "examples"}, "strategy.weights=examples"),
         ({"privacy": "none", "evaluation__noise_multiplier": 1.0}, "evaluation.noise_multiplier"),
         (
-            {"rounds": 3, "evaluation__validation_every": 4},
-            "evaluation.validation_every=4 has no effect in rounds=3; set it to at most rounds",
-        ),
-        (
             {
                 "evaluation__validation_every": 0,
                 "evaluation__test_at_end": False,
