@@ -232,7 +232,8 @@ def _serve(connection: Connection, reference: str, threads: int, log: Path | Non
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     handler = logging.StreamHandler() if log is None else logging.handlers.WatchedFileHandler(log)
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, format=LOG_FORMAT)
+    # force: what the fork server has imported (Opacus) may have set up the log already
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, format=LOG_FORMAT, force=True)
     logging.getLogger("feverfew").setLevel(logging.INFO)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     app = _load_or_none(reference)

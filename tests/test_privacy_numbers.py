@@ -159,6 +159,7 @@ WIDE: dict[str, Any] = {
     "privacy__target_epsilon": st.sampled_from([0.2, 1.0, 3.0, 8.0]),
     "privacy__delta": st.sampled_from([1e-6, 1e-4, 1e-3]),
     "evaluation__test_at_end": st.booleans(),
+    "privacy__max_noise_multiplier": st.just(1e4),
 }
 
 

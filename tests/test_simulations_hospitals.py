@@ -214,6 +214,7 @@ def test_written_site_can_be_read(tmp_path: Path) -> None:
         split={"train": 0.7, "validation": 0.1, "test": 0.2},
         max_epsilon=3.0,
         delta=1e-5,
+        study_budgets=(),
         unsafe_allow_seeded_noise=True,
         unsafe_allow_no_privacy=False,
         approve="all",
