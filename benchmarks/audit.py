@@ -18,9 +18,9 @@ from hydra import compose, initialize_config_module
 
 from client.cohort import Part
 from client.noise import secure_key
+from common.calibration import noise_multiplier
 from common.config import plain, plan_of
 from common.plan import DpSgd, Plan
-from common.privacy import noise_multiplier
 from simulations import audit, auditor
 from simulations.auditor import Audit
 from simulations.implementation import PRODUCT, Implementation

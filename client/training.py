@@ -25,9 +25,9 @@ from client.augmentation import UNCHANGED, Augmenter, augmenter_of
 from client.cohort import Part
 from client.noise import Key
 from common import model as models
+from common.calibration import Mechanism
 from common.model import FlatArray
 from common.plan import DpSgd, NoPrivacy, Plan, Training
-from common.privacy import Mechanism
 
 Cases = np.ndarray[Any, np.dtype[Any]]
 """Indices of cases in a part: int64, (cases,)."""

@@ -21,11 +21,12 @@ from client.noise import Key, secure_key, seeded_key
 from client.replies import Reply
 from client.site import Site
 from common import model
+from common.calibration import Mechanism, mechanism, run_spends
 from common.errors import LedgerError, PrivacyTargetError, Refusal
 from common.exchange import Prepared, Scored, Task, Update
 from common.metrics import Scores
 from common.plan import NoPrivacy, Plan, Preprocessing
-from common.privacy import Mechanism, Spend, mechanism, run_spends
+from common.privacy import Spend
 from common.trail import Trail
 
 logger = logging.getLogger("feverfew.site")

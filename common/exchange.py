@@ -87,7 +87,7 @@ class Update:
 @dataclass(frozen=True, kw_only=True)
 class Scored:
     """A site's evaluation. Either ``histogram`` (float64, (heads, 2, bins), noised as
-    ``common.privacy.histogram_noise_std`` says) or, without privacy or for public data, exact ``scores``,
+    ``common.calibration.histogram_noise_std`` says) or, without privacy or for public data, exact ``scores``,
     ``targets`` and ``weights``."""
 
     server_round: int

@@ -12,10 +12,10 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common import exchange
+from common.calibration import require_reachable
 from common.errors import InvalidReply, PrivacyTargetError
 from common.exchange import Prepared, Task
 from common.plan import Plan
-from common.privacy import require_reachable
 from common.trail import Trail
 from server.heads import Heads, taken_from
 from server.mailbox import Mailbox

@@ -11,12 +11,12 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from common import exchange, metrics
+from common.calibration import histogram_noise_std
 from common.errors import InvalidReply, QuorumNotReached
 from common.exchange import Prepared, Task
 from common.metrics import Histogram, Scores, Statistic, num_heads
 from common.model import FlatArray
 from common.plan import NoPrivacy, Plan
-from common.privacy import histogram_noise_std
 from common.trail import Trail
 from server.checkpoint import Attendance, RoundRecord, RunState
 from server.heads import Heads, taken_from

@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Literal
 
+from common.calibration import evaluation_noise_multipliers, mechanism
 from common.exchange import Prepared
 from common.plan import DpSgd, Plan
-from common.privacy import Epsilon, Spend, evaluation_noise_multipliers, mechanism, worst_epsilon
+from common.privacy import Epsilon, Spend, worst_epsilon
 from server.checkpoint import Attendance, RoundRecord, RunState
 from server.report import Participation, Privacy, Report, Result, Round, SitePrivacy, Timing, Versions
 from server.rounds import Released

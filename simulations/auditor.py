@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from client.cohort import Part
 from client.noise import Key, secure_key, seeded_key
-from common import model, privacy
+from common import calibration, model
+from common.calibration import Mechanism
 from common.errors import ConfigError
 from common.plan import DpSgd, Plan
-from common.privacy import Mechanism
 from server.strategy import FixedPointSum
 from simulations import audit
 from simulations.audit import Guesses
@@ -81,7 +81,7 @@ def run(
         ConfigError: no privacy to audit, or more canaries than parameters.
     """
     assert isinstance(plan.privacy, DpSgd)
-    chosen = privacy.mechanism(plan, nominal_patients=attack.num_canaries)
+    chosen = calibration.mechanism(plan, nominal_patients=attack.num_canaries)
     tossed = _canaries(plan, parts[0], attack=attack, mechanism=chosen, implementation=implementation)
     whole = [tossed.joined(parts[0]), *parts[1:]]
     with tempfile.TemporaryDirectory(prefix="feverfew-audit-") as directory:

@@ -20,8 +20,8 @@ from client.cohort import Part
 from client.noise import Key
 from client.training import PoissonSampler
 from common import model
+from common.calibration import Mechanism
 from common.plan import DpSgd, Plan
-from common.privacy import Mechanism
 from simulations.canaries import Canaries, nobody
 from simulations.implementation import Implementation
 

@@ -14,8 +14,8 @@ from client.augmentation import augmenter_of
 from client.cohort import Part
 from client.noise import Key
 from client.training import Gradient, PoissonSampler, Sampler, Trained
+from common.calibration import Mechanism
 from common.plan import DpSgd, Plan
-from common.privacy import Mechanism
 from simulations.canaries import Canaries, CanaryGradient
 
 

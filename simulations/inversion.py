@@ -21,7 +21,7 @@ from torch import nn
 
 from client.cohort import Part
 from client.training import case_losses, to_input, train_by_plan
-from common import model, privacy
+from common import calibration, model, privacy
 from common.model import FlatArray
 from common.plan import Plan
 from simulations.membership import key_of
@@ -115,7 +115,7 @@ def run(
         trial=trial,
         on_step=lambda done: on_step(trial.iterations + done, 2 * trial.iterations),
     )
-    spend = privacy.mechanism(private, nominal_patients=1).training(1)
+    spend = calibration.mechanism(private, nominal_patients=1).training(1)
     return Inversion(
         original=images[0],
         recovered_without_privacy=toned(plain, images[0]),
@@ -136,7 +136,7 @@ def _recovered(plan: Plan, part: Part, *, trial: InversionTrial, on_step: Callab
         network,
         part,
         plan=plan,
-        mechanism=privacy.mechanism(plan, nominal_patients=1),
+        mechanism=calibration.mechanism(plan, nominal_patients=1),
         key=key_of(plan, number=1),
     )
     model.load(network, received)

@@ -22,7 +22,7 @@ from torch import nn
 from client.cohort import Part
 from client.noise import Key, secure_key, seeded_key
 from client.training import case_losses, to_input, train_by_plan
-from common import model, privacy
+from common import calibration, model, privacy
 from common.plan import DpSgd, Plan
 from simulations.patients import phantom_part
 from simulations.trials import MembershipTrial, changed, delta_of, without_privacy
@@ -159,7 +159,7 @@ def _only(part: Part, included: Flags) -> Part:
 
 def _trained(plan: Plan, part: Part, *, nominal_patients: int, number: int) -> nn.Module:
     network = model.build(plan)
-    mechanism = privacy.mechanism(plan, nominal_patients=nominal_patients)
+    mechanism = calibration.mechanism(plan, nominal_patients=nominal_patients)
     train_by_plan(network, part, plan=plan, mechanism=mechanism, key=key_of(plan, number=number))
     return network
 
@@ -174,7 +174,7 @@ def key_of(plan: Plan, *, number: int) -> Key:
 def _epsilon(plan: Plan, *, nominal_patients: int) -> float | None:
     if not isinstance(plan.privacy, DpSgd):
         return None
-    spend = privacy.mechanism(plan, nominal_patients=nominal_patients).training(plan.num_steps)
+    spend = calibration.mechanism(plan, nominal_patients=nominal_patients).training(plan.num_steps)
     return privacy.epsilon([spend], delta=plan.privacy.delta).value
 
 

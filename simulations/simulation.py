@@ -17,10 +17,10 @@ from client import table
 from client.cohort import open_cohort
 from client.release import head_path, open_ledger
 from client.site import Site, open_site
+from common.calibration import require_reachable
 from common.errors import ConfigError
 from common.metrics import Scores
 from common.plan import Plan
-from common.privacy import require_reachable
 from common.trail import read
 from server.progress import Progress
 from server.report import Report

@@ -19,11 +19,11 @@ from client.noise import seeded_key
 from client.release import head_path
 from client.site import Site
 from common import exchange, flower, model
+from common.calibration import histogram_noise_std, mechanism
 from common.errors import InvalidReply
 from common.exchange import DELIVER, EVALUATE, PREPARE, TRAIN, Prepared, Scored, Task, Update
 from common.metrics import Scores
 from common.plan import Plan
-from common.privacy import histogram_noise_std, mechanism
 from tests.plans import TINY, plan
 from tests.sites import write_site
 

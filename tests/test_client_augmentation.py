@@ -17,9 +17,9 @@ from client.cohort import Part
 from client.noise import Key
 from client.training import Trained, batches, case_losses, to_input, train_by_plan
 from common import model
+from common.calibration import Mechanism
 from common.exchange import Task
 from common.plan import Augmentation, DpSgd, Plan
-from common.privacy import Mechanism
 from tests.plans import TINY, plan
 from tests.sites import write_site
 

@@ -25,8 +25,8 @@ from client.training import (
     train_by_plan,
 )
 from common import model
+from common.calibration import Mechanism
 from common.plan import DpSgd, Plan
-from common.privacy import Mechanism
 from tests.plans import TINY, plan
 
 Floats = npt.NDArray[np.float64]

@@ -11,9 +11,9 @@ from client.cohort import Part
 from client.noise import Key
 from client.training import case_losses, train_by_plan
 from common import model
+from common.calibration import Mechanism
 from common.errors import ConfigError
 from common.plan import Plan
-from common.privacy import Mechanism
 from tests.plans import plan
 
 PLANS: dict[str, dict[str, Any]] = {

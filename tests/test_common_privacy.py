@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import privacy
+from common import calibration, privacy
+from common.calibration import mechanism, run_spends
 from common.errors import ConfigError, PrivacyTargetError
-from common.privacy import Epsilon, Spend, epsilon, mechanism, merged, run_spends, worst_epsilon
+from common.privacy import Epsilon, Spend, epsilon, merged, worst_epsilon
 from tests.plans import plan
 
 Floats = npt.NDArray[np.float64]
@@ -258,14 +259,14 @@ def test_epsilon_grows_with_steps_and_rate_and_falls_with_noise(less: Spend, mor
 def test_calibrated_noise_reaches_the_target_within_one_percent(
     target: float, delta: float, rate: float, steps: int
 ) -> None:
-    sigma = privacy.noise_multiplier(target_epsilon=target, delta=delta, sample_rate=rate, steps=steps)
+    sigma = calibration.noise_multiplier(target_epsilon=target, delta=delta, sample_rate=rate, steps=steps)
     assert sigma == float(f"{sigma:.5g}") or sigma == round(sigma, 4)
     assert 0.99 * target <= epsilon([spend(sigma, rate, steps)], delta=delta).value <= target
 
 
 def test_target_that_no_noise_reaches_is_refused() -> None:
     with pytest.raises(PrivacyTargetError, match="target_epsilon=0.001 at delta=1e-05 .* 1000000 steps"):
-        privacy.noise_multiplier(target_epsilon=1e-3, delta=1e-5, sample_rate=1.0, steps=1_000_000)
+        calibration.noise_multiplier(target_epsilon=1e-3, delta=1e-5, sample_rate=1.0, steps=1_000_000)
     assert issubclass(PrivacyTargetError, ConfigError)
 
 
@@ -278,7 +279,7 @@ def test_run_without_steps_costs_nothing() -> None:
 
 @pytest.mark.parametrize(("nominal", "rate"), [(640, 0.1), (128, 0.5), (64, 1.0), (1, 1.0)])
 def test_sample_rate_is_expected_batch_over_nominal_patients(nominal: int, rate: float) -> None:
-    assert privacy.sample_rate(plan(training__expected_batch=64), nominal_patients=nominal) == rate
+    assert calibration.sample_rate(plan(training__expected_batch=64), nominal_patients=nominal) == rate
 
 
 SMALL: dict[str, Any] = {

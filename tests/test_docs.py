@@ -20,10 +20,11 @@ from client.agent import SUPERSEDED
 from client.site import SiteSettings
 from common import exchange, flower, metrics
 from common.bins import bin_edges
+from common.calibration import noise_multiplier
 from common.exchange import Task
 from common.metrics import Histogram
 from common.plan import Plan
-from common.privacy import Spend, epsilon, noise_multiplier
+from common.privacy import Spend, epsilon
 from tests import plans
 from tests.sites import write_site
 

@@ -17,9 +17,10 @@ from dp_accounting.pld import privacy_loss_distribution as pld
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import privacy
+from common import calibration
+from common.calibration import mechanism, run_spends
 from common.plan import Plan
-from common.privacy import Spend, epsilon, mechanism, run_spends
+from common.privacy import Spend, epsilon
 from tests.plans import plan
 
 
@@ -138,7 +139,7 @@ CALIBRATIONS = [
 def test_calibrated_noise_costs_the_target_in_the_second_implementation_too(
     target: float, delta: float, rate: float, steps: int
 ) -> None:
-    sigma = privacy.noise_multiplier(target_epsilon=target, delta=delta, sample_rate=rate, steps=steps)
+    sigma = calibration.noise_multiplier(target_epsilon=target, delta=delta, sample_rate=rate, steps=steps)
     charged = epsilon([spend(sigma, rate, steps)], delta=delta).value
     assert 0.99 * target <= charged <= target
     other = second_opinion([spend(sigma, rate, steps)], delta=delta)
@@ -147,7 +148,7 @@ def test_calibrated_noise_costs_the_target_in_the_second_implementation_too(
 
 def test_noise_is_never_below_the_least_even_where_delta_alone_would_hide_a_step() -> None:
     """Sampled with a tenth of delta: by the formula no noise is needed; a drawn patient would be seen."""
-    sigma = privacy.noise_multiplier(target_epsilon=1.0, delta=1e-4, sample_rate=1e-5, steps=1)
+    sigma = calibration.noise_multiplier(target_epsilon=1.0, delta=1e-4, sample_rate=1e-5, steps=1)
     assert sigma >= 0.01
     assert epsilon([spend(sigma, 1e-5, 1)], delta=1e-4).value <= 1.0
 
@@ -210,5 +211,5 @@ def test_noise_of_a_released_histogram_is_one_function_for_site_and_server() -> 
     for classes, heads in ((("a", "b"), 1), (("a", "b", "c"), 4)):
         many = plan(classes=classes)
         multiplier = mechanism(many, nominal_patients=400).evaluation_noise_multiplier["test"]
-        std = privacy.histogram_noise_std(many, nominal_patients=400, part="test")
+        std = calibration.histogram_noise_std(many, nominal_patients=400, part="test")
         assert std == multiplier * math.sqrt(heads)

@@ -13,11 +13,11 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from common import exchange, metrics, model
+from common.calibration import histogram_noise_std
 from common.errors import QuorumNotReached
 from common.exchange import Prepared, Scored, Task, Update
 from common.metrics import Histogram
 from common.plan import Plan
-from common.privacy import histogram_noise_std
 from common.trail import Trail, read
 from server import app, checkpoint
 from server.checkpoint import RunState

@@ -19,9 +19,9 @@ from client.cohort import Part
 from client.noise import Key, secure_key
 from client.training import train_by_plan
 from common import model
+from common.calibration import Mechanism
 from common.errors import ConfigError
 from common.plan import Plan
-from common.privacy import Mechanism
 from simulations import attack, attack_page, auditor, run
 from simulations.attack import AttackReport
 from simulations.auditor import Audit

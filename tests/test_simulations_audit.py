@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.privacy import noise_multiplier
+from common.calibration import noise_multiplier
 from simulations.audit import Guesses, guess, lower_bound, p_value
 
 
