@@ -6,19 +6,23 @@ The process counts them and kills itself at one. What it sent is in files, so th
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import importlib
-import multiprocessing
 import os
+import pickle
 import random
+import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +52,7 @@ STEPS = (
     "tests.crash:send",
 )
 RUN = "run-1"
+ROOT = Path(__file__).resolve().parents[1]
 _TRAINING: dict[str, Any] = {
     **TINY,
     "rounds": 3,
@@ -133,6 +138,13 @@ class Hospital:
         (directory / "sent").mkdir()
         return cls(site=site, asked=asked, sent=directory / "sent")
 
+    def forget(self) -> None:
+        """Begins anew, but for the cache of decoded images, which takes a second to make."""
+        shutil.rmtree(self.site.state, ignore_errors=True)
+        release.head_path(self.site).unlink(missing_ok=True)
+        shutil.rmtree(self.sent)
+        self.sent.mkdir()
+
     def ask(self, task: Task, *, kill_at: int | None = None) -> int | None:
         """Starts a process with a task; returns the number of steps it took, or None if it was killed."""
         counted = self.sent.parent / "counted"
@@ -145,12 +157,10 @@ class Hospital:
             kill_at,
             str(counted),
         )
-        process = _context().Process(target=serve, args=arguments)
-        process.start()
-        process.join(120)
-        if process.exitcode == -signal.SIGKILL:
+        code = nursery().run(arguments)
+        if code == -signal.SIGKILL:
             return None
-        assert process.exitcode == 0, process.exitcode
+        assert code == 0, code
         return int(counted.read_text())
 
     def task(self, server_round: int, parameters: NDArray[np.float32], *, purpose: Any = "train") -> Task:
@@ -196,10 +206,54 @@ class Hospital:
             return [task for (task,) in database.execute(query)]
 
 
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["client.app", "client.clipping", "tests.crash"])
-    return context
+class Nursery:
+    """A process that has imported everything, and forks another for each task; imports take seconds."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", "from tests.crash import nurse; nurse()"]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+        atexit.register(self.close)
+
+    def run(self, arguments: tuple[Any, ...]) -> int:
+        """Runs ``serve`` in a new process; returns its exit code, negative for a signal."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        pickle.dump(arguments, self._process.stdin)
+        self._process.stdin.flush()
+        return int(self._process.stdout.readline())
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait(10)
+        self._process.stdout.close()
+
+
+@cache
+def nursery() -> Nursery:
+    return Nursery()
+
+
+def nurse() -> None:
+    """Main function of the nursery; ends at the end of its input."""
+    importlib.import_module("client.app")
+    importlib.import_module("client.clipping")
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a child prints is no answer
+    while True:
+        try:
+            arguments = pickle.load(sys.stdin.buffer)  # noqa: S301 - from our own parent
+        except EOFError:
+            return
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                serve(*arguments)
+                code = 0
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
 
 
 def run(hospital: Hospital, rng: random.Random | None) -> str:
@@ -229,16 +283,18 @@ def _until_answered(hospital: Hospital, tasks: list[Task], rng: random.Random | 
 
 def repeat(times: int, *, seed: int = 0) -> int:
     """Returns the number of runs, of so many, that went wrong; prints each."""
-    with tempfile.TemporaryDirectory() as place:
-        undisturbed = run(Hospital.make(Path(place), SEEDED), None)
     misses = 0
-    for number in range(times):
-        rng = random.Random(seed * 1_000_003 + number)
-        asked = (SEEDED, SECURE)[number % 2]
-        with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place:
+        hospital = Hospital.make(Path(place), SEEDED)
+        undisturbed = run(hospital, None)
+        for number in range(times):
+            rng = random.Random(seed * 1_000_003 + number)
+            hospital.forget()
+            hospital.asked = (SEEDED, SECURE)[number % 2]
             try:
-                ended = run(Hospital.make(Path(place), asked), rng)
-                assert asked is SECURE or ended == undisturbed, "other parameters than without a crash"
+                ended = run(hospital, rng)
+                is_same = hospital.asked is SECURE or ended == undisturbed
+                assert is_same, "other parameters than without a crash"
             except AssertionError as error:
                 misses += 1
                 print(f"run {number}: {error}")
