@@ -163,7 +163,9 @@ def test_check_says_what_a_plan_would_cost_and_whether_this_site_may_pay_it(tmp_
 
 
 def test_site_too_small_for_the_target_is_told_so_and_declines(tmp_path: Path) -> None:
-    asked = plan(rounds=100, training__local_steps=100, privacy__target_epsilon=0.5)
+    asked = plan(
+        rounds=100, training__local_steps=100, privacy__target_epsilon=0.5, training__expected_batch=10
+    )
     small = write_site(tmp_path / "small", name="small", num_patients=10)
     large = write_site(tmp_path / "large", name="large", num_patients=10, nominal_patients=100_000)
     line = inspection.plan_line(small, asked)

@@ -146,6 +146,7 @@ def test_calibrated_noise_costs_the_target_in_the_second_implementation_too(
     assert 0.985 * target <= other <= 1.001 * target
 
 
+@pytest.mark.slow
 def test_noise_is_never_below_the_least_even_where_delta_alone_would_hide_a_step() -> None:
     """Sampled with a tenth of delta: by the formula no noise is needed; a drawn patient would be seen."""
     sigma = calibration.noise_multiplier(target_epsilon=1.0, delta=1e-4, sample_rate=1e-5, steps=1)
@@ -171,6 +172,7 @@ def asked(draw: st.DrawFn) -> tuple[Plan, int]:
     return plan(**changes), draw(st.sampled_from([40, 300, 5000, 100_000]))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=12, derandomize=True)
 @given(asked())
 def test_charges_of_a_run_compose_to_at_most_the_target_and_within_a_percent(

@@ -40,6 +40,7 @@ def test_image_is_not_recovered_from_an_update_with_privacy(found: Inversion) ->
     assert 2.97 < found.epsilon <= 3.0
 
 
+@pytest.mark.slow
 def test_it_is_the_noise_that_keeps_the_image_and_not_the_clip() -> None:
     hardly = plan(**SMALL, privacy__target_epsilon=None, privacy__noise_multiplier=1e-4)
     found = inversion.run(hardly, trial=TRIAL)

@@ -129,6 +129,7 @@ def found() -> membership.Membership:
     return membership.run(plan(**SMALL), trial=TRIAL)
 
 
+@pytest.mark.slow
 def test_model_without_privacy_is_found_out_and_the_private_one_is_less(found: membership.Membership) -> None:
     assert found.none.loss_threshold.auc > 0.65
     assert found.none.likelihood_ratio.auc > 0.65
