@@ -34,14 +34,15 @@ def is_approved(site: Site, plan: Plan) -> bool:
 
 def keep(site: Site, plan: Plan) -> None:
     """Keeps a plan that this site is about to work on; a lost ledger is restored from what is kept."""
-    directory = site.private / "plans"
+    directory = _kept(site)
     if not (directory / f"{plan.hash}.json").exists():
         _write(directory, plan)
 
 
 def known_plans(site: Site) -> dict[str, Plan]:
     """Returns every plan that this site approved or kept, by hash, the oldest first."""
-    paths = [path for name in ("approvals", "plans") for path in (site.private / name).glob("*.json")]
+    directories = (site.private / "approvals", _kept(site))
+    paths = [path for directory in directories for path in directory.glob("*.json")]
     records = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     plans = [Plan.model_validate(record["plan"]) for record in sorted(records, key=lambda one: one["time"])]
     return {plan.hash: plan for plan in plans}
@@ -50,6 +51,11 @@ def known_plans(site: Site) -> dict[str, Plan]:
 def approve(site: Site, plan: Plan) -> None:
     """Records a person's approval of exactly this plan."""
     _write(site.private / "approvals", plan)
+
+
+def _kept(site: Site) -> Path:
+    """Beside the state, so that a rehearsal, which has a state of its own, leaves no plan here."""
+    return site.state.with_name("plans")
 
 
 def _write(directory: Path, plan: Plan) -> None:

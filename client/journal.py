@@ -51,6 +51,7 @@ CREATE TABLE IF NOT EXISTS bounds (
     signature TEXT NOT NULL, PRIMARY KEY (scope, history, delta));
 """
 _SECONDS_TO_LOCK = 60
+CLAIM_SUFFIX: Final = ".claim"
 REMEDY: Final = (
     "look at what happened, then run feverfew-client ledger restore. Nothing is released until then."
 )
@@ -151,7 +152,8 @@ class Journal:
     def require_known(self, head: Head) -> None:
         """Checks a head that somebody else remembers.
 
-        One that this site signed and that is not in the chain stops the site until it is restored.
+        One that this site signed and that is not in the chain stops the site until it is restored. One that
+        it never signed is noted for a restoration, and stops nothing.
 
         Raises:
             LedgerError: it is not in the chain, nor covered by a restoration.
@@ -159,6 +161,7 @@ class Journal:
         if self._is_in_chain(head):
             return
         if not head.is_signed_by(self._key.public_key()):
+            _write_head(self._head_path.with_suffix(CLAIM_SUFFIX), head)
             raise LedgerError(
                 f"Expected row {head.number} that the coordinator remembers of this site in {self._path}, "
                 "found neither it nor this site's signature; if the site was set up again without its "
@@ -217,10 +220,14 @@ class Journal:
         return head
 
     def _remember(self, head: Head) -> None:
-        write_durably(self._head_path, json.dumps(asdict(head)).encode())
+        _write_head(self._head_path, head)
 
     def _broken(self, found: str) -> LedgerError:
         return LedgerError(f"Expected an unbroken ledger in {self._path}, found {found}; {REMEDY}")
+
+
+def _write_head(path: Path, head: Head) -> None:
+    write_durably(path, json.dumps(asdict(head)).encode())
 
 
 def read_head(path: Path) -> Head | None:

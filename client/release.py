@@ -13,7 +13,7 @@ from flwr.app import RecordDict
 
 from client import approval, replies
 from client.files import private_directory
-from client.journal import REMEDY
+from client.journal import CLAIM_SUFFIX, REMEDY
 from client.ledger import Charge, Ledger, Outcome
 from client.replies import Reply
 from client.site import Site
@@ -112,7 +112,7 @@ def open_ledger(site: Site) -> Iterator[Ledger]:
     """
     settings = site.settings
     path = ledger_path(site)
-    if not path.exists() and not head_path(site).exists() and any((site.state / "replies").glob("*")):
+    if not path.exists() and not head_path(site).exists() and not _is_new(site):
         raise LedgerError(f"Expected the ledger {path} of the replies beside it, found none; {REMEDY}")
     private_directory(site.state)
     ledger = Ledger(
@@ -131,7 +131,7 @@ def open_ledger(site: Site) -> Iterator[Ledger]:
 
 def ledger_head(site: Site) -> Head | None:
     """Returns the last row of the site's ledger, for coordinators to remember; None before the first use."""
-    if not ledger_path(site).exists():
+    if _is_new(site):
         return None
     with open_ledger(site) as ledger:
         return ledger.head
@@ -145,10 +145,22 @@ def attach_ledger_head(site: Site, content: RecordDict) -> None:
             exchange.attach_head(content, head)
 
 
+def _is_new(site: Site) -> bool:
+    """Says whether this site never had a ledger; every reply that is stored here was charged."""
+    has_replies = any((site.state / "replies").glob("*"))
+    return not (ledger_path(site).exists() or head_path(site).exists() or has_replies)
+
+
 def ledger_path(site: Site) -> Path:
+    """Returns the file of the ledger."""
     return site.state / "ledger.sqlite"
 
 
 def head_path(site: Site) -> Path:
     """Returns the file that remembers the last row; beside the state, so that a copy of one misses it."""
     return site.state.with_name("ledger.head")
+
+
+def claim_path(site: Site) -> Path:
+    """Returns the file that notes a head that a coordinator presented and this site never signed."""
+    return head_path(site).with_suffix(CLAIM_SUFFIX)

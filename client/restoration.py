@@ -29,6 +29,7 @@ from client.ledger import RESTORED, Charge, now
 from client.site import Site
 from client.work import planned_spends
 from common import keys
+from common.chain import Head
 from common.errors import LedgerError, UserError
 from common.keys import PublicKey
 from common.plan import Plan
@@ -57,47 +58,54 @@ def restore(site: Site, *, plans: Sequence[Plan] | None = None) -> Restoration:
     """Writes a new ledger: the intact rows, and a charge for each plan in full, whatever the budget.
 
     Args:
-        plans: what is charged; None for every plan that this site has approved or worked on, but those
-            of which the intact rows hold a whole run and the others none.
+        plans: what is charged, each as often as it is named; None for all that ``may_be_missing``.
 
     Raises:
-        UserError: nothing is broken; or a row is of a plan that the site does not keep.
+        UserError: nothing is broken; or more is missing than the plans that the site keeps account for.
     """
     path = release.ledger_path(site)
     with FileLock(private_directory(site.state) / "task.lock", mode=0o600):
-        _require_broken(site)
+        claimed = _require_broken(site)
         key = keys.own(site.private / "site.key")
         remains = read_remains(path, key=key.public_key())
-        chosen = may_be_missing(site, remains) if plans is None else tuple(plans)
         head = read_head(release.head_path(site))
-        covered = head if head is not None and head.is_signed_by(key.public_key()) else None
+        own = head if head is not None and head.is_signed_by(key.public_key()) else None
         last = max([row["number"] for row in (*remains.kept, *remains.rest)], default=0)
+        covered = [one for one in (own, claimed) if one is not None and one.number > 0]
+        if plans is None:
+            plans = may_be_missing(site, remains)
+            _require_accounted(site, plans, missing=max([one.number for one in covered], default=0) - last)
         fresh, fresh_head = path.with_suffix(".restored"), path.with_suffix(".restored_head")
         fresh.unlink(missing_ok=True)
         fresh_head.unlink(missing_ok=True)
         with closing(Journal(fresh, head=fresh_head, key=key)) as journal, journal.transaction():
             journal.copy(remains.kept)
             marker = {"kind": "restore", "task": secrets.token_hex(32), "time": now()}
-            marker["code"] = json.dumps([covered.hash] if covered else [])
-            journal.append(marker, number=2 + max(last, covered.number if covered else 0))
-            for plan in chosen:
-                for charge in _charges(site, plan):
+            marker["code"] = json.dumps([one.hash for one in covered])
+            # by our own word alone: a coordinator could claim any number
+            journal.append(marker, number=2 + max(last, own.number if own else 0))
+            for plan in plans:
+                for charge in _charges(site, plan, run=f"{RESTORED}-{secrets.token_hex(4)}"):
                     journal.append(charge.row())
         old_file = _copied_aside(path)
-        path.with_name(path.name + "-journal").unlink(
-            missing_ok=True
-        )  # SQLite would play it into the new file
+        # SQLite would play what is left of an old transaction into the new file.
+        path.with_name(path.name + "-journal").unlink(missing_ok=True)
         os.replace(fresh, path)
         os.replace(fresh_head, release.head_path(site))  # the old one is covered, if this is never reached
-    return Restoration(num_kept=len(remains.kept), charged=chosen, old_file=old_file)
+        release.claim_path(site).unlink(missing_ok=True)
+    return Restoration(num_kept=len(remains.kept), charged=tuple(plans), old_file=old_file)
 
 
-def _require_broken(site: Site) -> None:
+def _require_broken(site: Site) -> Head | None:
+    """Returns the head that a coordinator claims and this site does not know, if that is what is wrong."""
+    claimed = read_head(release.claim_path(site))
     try:
         with release.open_ledger(site) as ledger:
             ledger.verify_signatures()
+            if claimed is not None:
+                ledger.require_known(claimed)
     except LedgerError:
-        return
+        return claimed
     raise UserError(
         f"Expected a broken ledger in {release.ledger_path(site)}, found an intact one; nothing was changed."
     )
@@ -108,55 +116,79 @@ def read_remains(path: Path, *, key: PublicKey) -> Remains:
     if not path.exists():
         return Remains()
     rows: list[Row] = []
-    num_sound = 0
+    # What a damaged file still gives before the first error counts; the rest is what may be missing.
     with closing(sqlite3.connect(path)) as database, suppress(sqlite3.DatabaseError):
         for values in database.execute(f"SELECT {', '.join(COLUMNS)} FROM entries ORDER BY number"):
             rows.append(dict(zip(COLUMNS, values, strict=True)))
-        heads, _ = sound_rows(rows)
-        num_sound = len(heads)
-        while num_sound and not heads[num_sound - 1].is_signed_by(key):
-            num_sound -= 1
-    return Remains(kept=tuple(rows[:num_sound]), rest=tuple(rows[num_sound:]))
+    heads, _ = sound_rows(rows)
+    while heads and not heads[-1].is_signed_by(key):
+        heads.pop()
+    return Remains(kept=tuple(rows[: len(heads)]), rest=tuple(rows[len(heads) :]))
 
 
 def may_be_missing(site: Site, remains: Remains) -> tuple[Plan, ...]:
-    """Returns the plans about which rows may have been lost.
+    """Returns the plans about which rows may have been lost, once for each run that may be concerned.
+
+    These are the runs of which any row is not intact, or of which the intact rows are not the whole; and
+    every plan that was approved or worked on and has no run at all in the ledger.
 
     Raises:
         UserError: a row is of a plan that the site does not keep.
     """
     known = approval.known_plans(site)
-    begun = {row["plan_hash"] for row in remains.rest if row["kind"] == "charge"}
-    unknown = sorted(str(plan_hash) for plan_hash in begun - set(known))
+    begun = {(row["plan_hash"], row["run"]) for row in remains.rest if row["kind"] == "charge"}
+    kept = {(row["plan_hash"], row["run"]) for row in remains.kept if row["kind"] == "charge"}
+    unknown = sorted(str(plan_hash) for plan_hash, _ in begun if plan_hash not in known)
     if unknown:
         raise UserError(
             f"Expected to know every plan in {release.ledger_path(site)}, found a charge of {unknown[0]}; "
             "name the files of all plans about which rows may be missing with --plan."
         )
+    partial = {run for run in kept if run[0] in known and not _is_whole(site, known[run[0]], run[1], remains)}
+    concerned = Counter(plan_hash for plan_hash, _ in begun | partial)
+    seen = {plan_hash for plan_hash, _ in kept}
     return tuple(
         plan
         for plan_hash, plan in known.items()
-        if plan_hash in begun or not _has_whole_run(site, plan, remains.kept)
+        for _ in range(concerned[plan_hash] if plan_hash in seen else max(1, concerned[plan_hash]))
     )
 
 
-def _has_whole_run(site: Site, plan: Plan, rows: Sequence[Row]) -> bool:
-    steps: Counter[tuple[str, str]] = Counter()
-    for row in rows:
-        if row["kind"] == "charge" and row["plan_hash"] == plan.hash:
-            steps[row["run"], row["part"]] += row["steps"]
+def _is_whole(site: Site, plan: Plan, run: str, remains: Remains) -> bool:
+    steps: Counter[str] = Counter()
+    for row in remains.kept:
+        if row["kind"] == "charge" and (row["plan_hash"], row["run"]) == (plan.hash, run):
+            steps[row["part"]] += row["steps"]
     wanted = {part: sum(s.steps for s in spends) for part, spends in planned_spends(site, plan).items()}
-    return any(
-        all(steps[run, part] >= count for part, count in wanted.items()) for run in {run for run, _ in steps}
+    return all(steps[part] >= count for part, count in wanted.items())
+
+
+def _require_accounted(site: Site, plans: Sequence[Plan], *, missing: int) -> None:
+    """Checks that so many rows can be those of runs of these plans: two for a task, charge and outcome."""
+    rows = sum(2 * _num_tasks(site, plan) for plan in plans)
+    if missing > rows:
+        raise UserError(
+            f"Expected {missing} missing rows to be those of plans that this site keeps, found plans for "
+            f"{rows} of them; name with --plan the file of every plan that may have run since, each as often "
+            "as it may have run."
+        )
+
+
+def _num_tasks(site: Site, plan: Plan) -> int:
+    parts = site.settings.split.parts
+    return (
+        plan.rounds * (site.settings.role == "training")
+        + len(plan.validation_rounds) * ("validation" in parts)
+        + plan.evaluation.test_at_end * ("test" in parts)
     )
 
 
-def _charges(site: Site, plan: Plan) -> Iterator[Charge]:
+def _charges(site: Site, plan: Plan, *, run: str) -> Iterator[Charge]:
     for part, spends in planned_spends(site, plan).items():
         for spend in spends:
             yield Charge(
                 task=secrets.token_hex(32),
-                run=RESTORED,
+                run=run,
                 plan_hash=plan.hash,
                 study=plan.study,
                 server_round=0,

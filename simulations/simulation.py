@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from client import table
 from client.cohort import open_cohort
-from client.release import head_path, open_ledger
+from client.release import claim_path, head_path, open_ledger
 from client.site import Site, open_site
 from common.calibration import require_reachable
 from common.errors import ConfigError
@@ -71,6 +71,7 @@ def forget(sites: Sequence[Site], *, heads: Path) -> None:
     for site in sites:
         shutil.rmtree(site.state, ignore_errors=True)
         head_path(site).unlink(missing_ok=True)
+        claim_path(site).unlink(missing_ok=True)
     shutil.rmtree(heads, ignore_errors=True)
 
 

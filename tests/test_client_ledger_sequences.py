@@ -56,6 +56,19 @@ class Sequences(RuleBasedStateMachine):
     @rule(server_round=st.integers(1, 6), value=st.integers(0, 4))
     def the_server_sends_a_task(self, server_round: int, value: int) -> None:
         """A new round, or an old one with other parameters after the server lost its state."""
+        self._ask(self._known(server_round, value), None)
+
+    @rule(data=st.data(), crash=st.sampled_from([None, *CRASHES]))
+    def a_task_is_delivered_again(self, data: st.DataObject, crash: str | None) -> None:
+        """Any earlier one: a retry, a duplicate, or out of order."""
+        if self.tasks:
+            self._ask(data.draw(st.sampled_from(self.tasks)), crash)
+
+    @rule(server_round=st.integers(1, 6), crash=st.sampled_from(CRASHES))
+    def a_new_task_meets_a_crash(self, server_round: int, crash: str) -> None:
+        self._ask(self._known(server_round, 9), crash)
+
+    def _known(self, server_round: int, value: int) -> Task:
         task = Task(
             run="run-1",
             plan_hash=PLAN.hash,
@@ -66,27 +79,7 @@ class Sequences(RuleBasedStateMachine):
         )
         if task.identity not in {one.identity for one in self.tasks}:
             self.tasks.append(task)
-        self._ask(task, None)
-
-    @rule(data=st.data(), crash=st.sampled_from([None, *CRASHES]))
-    def a_task_is_delivered_again(self, data: st.DataObject, crash: str | None) -> None:
-        """Any earlier one: a retry, a duplicate, or out of order."""
-        if self.tasks:
-            self._ask(data.draw(st.sampled_from(self.tasks)), crash)
-
-    @rule(server_round=st.integers(1, 6), crash=st.sampled_from(CRASHES))
-    def a_new_task_meets_a_crash(self, server_round: int, crash: str) -> None:
-        task = Task(
-            run="run-1",
-            plan_hash=PLAN.hash,
-            server_round=server_round,
-            purpose="train",
-            part="",
-            parameters=np.full(2, 9, np.float32),
-        )
-        if task.identity not in {one.identity for one in self.tasks}:
-            self.tasks.append(task)
-        self._ask(task, crash)
+        return task
 
     def _ask(self, task: Task, crash: str | None) -> None:
         work = self._work(crash)

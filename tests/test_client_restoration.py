@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client import approval, release, restoration
+from client import approval, rehearsal, release, restoration
 from client.replies import Reply
 from client.restoration import Restoration
 from client.site import Site
@@ -18,7 +18,7 @@ from common.errors import LedgerError, UserError
 from common.exchange import Task
 from common.plan import Plan
 from common.privacy import Spend, merged, worst_epsilon
-from tests.plans import plan
+from tests.plans import TINY, plan
 from tests.sites import write_site
 
 FIRST = plan(study="chest", rounds=2, training__expected_batch=1000)  # every patient in every step: quick
@@ -85,6 +85,11 @@ def cost_of(site: Site, *plans: Plan) -> float:
     return worst_epsilon(together, delta=site.settings.delta).value
 
 
+def restored_runs(site: Site) -> list[str]:
+    with release.open_ledger(site) as ledger:
+        return [run for _, run, _, _ in ledger.runs() if run.startswith("restored-")]
+
+
 def files(site: Site) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in (release.ledger_path(site), release.head_path(site))}
 
@@ -117,8 +122,9 @@ def test_cut_tail_costs_the_full_target_of_the_plan_that_was_running(site: Site)
         database.execute("DELETE FROM entries WHERE number > (SELECT MAX(number) FROM entries) - 2")
     done = restored(site)
     assert [one.hash for one in done.charged] == [SECOND.hash], "the first has a whole run in the intact rows"
+    (run,) = restored_runs(site)
     with release.open_ledger(site) as ledger:
-        assert ledger.spent(run="restored").value == pytest.approx(cost_of(site, SECOND), abs=1e-12)
+        assert ledger.spent(run=run).value == pytest.approx(cost_of(site, SECOND), abs=1e-12)
     assert spent(site) >= cost_of(site, FIRST, SECOND)
     assert Path(done.old_file).exists()
 
@@ -213,6 +219,77 @@ def test_site_set_up_anew_with_another_key_declines_and_can_be_restored(site: Si
     (site.private / "site.key").unlink()
     with release.open_ledger(site) as ledger, pytest.raises(LedgerError, match="set up again"):
         ledger.require_known(remembered)
+    assert not is_stopped(site), "a coordinator's word alone stops nothing"
+    restoration.restore(site)
+    with release.open_ledger(site) as ledger:
+        ledger.require_known(remembered)
+        assert ledger.head.number < 10, "whatever number was claimed"
+    assert spent(site) == cost_of(site, FIRST)
+    with pytest.raises(UserError, match="intact"):
+        restoration.restore(site)
+
+
+def test_every_run_of_a_plan_that_can_be_read_is_charged(site: Site) -> None:
+    release_run(site, FIRST, run="a")
+    release_run(site, FIRST, run="b")
+    with closing(sqlite3.connect(release.ledger_path(site))) as database, database:
+        database.execute("UPDATE entries SET noise_multiplier = 99 WHERE number = 1")
+    assert [one.hash for one in restored(site).charged] == [FIRST.hash] * 2
+    assert spent(site) == cost_of(site, FIRST, FIRST)
+
+
+def test_second_run_of_a_plan_that_was_cut_is_charged_though_the_first_is_whole(site: Site) -> None:
+    release_run(site, FIRST, run="a")
+    release_run(site, FIRST, run="b")
+    with closing(sqlite3.connect(release.ledger_path(site))) as database, database:
+        database.execute("DELETE FROM entries WHERE number > (SELECT MAX(number) FROM entries) - 2")
+    assert [one.hash for one in restored(site).charged] == [FIRST.hash]
+    assert spent(site) >= cost_of(site, FIRST, FIRST)
+
+
+def test_more_missing_rows_than_the_known_plans_account_for_must_be_named(site: Site) -> None:
+    """The whole site was put back, what it kept of later plans included."""
+    release_run(site, FIRST, run="a")
+    old = files(site)
+    release_run(site, SECOND, run="b")
+    with release.open_ledger(site) as ledger:
+        remembered = ledger.head
+    put_back(old)
+    (site.directory / "plans" / f"{SECOND.hash}.json").unlink()
+    with release.open_ledger(site) as ledger, pytest.raises(LedgerError):
+        ledger.require_known(remembered)
+    with pytest.raises(UserError, match=r"Expected 8 missing rows .* found plans for 0 of them"):
+        restoration.restore(site)
+    assert is_stopped(site)
+    restoration.restore(site, plans=[SECOND])
+    assert spent(site) == cost_of(site, FIRST, SECOND)
+
+
+def test_two_restorations_are_two_runs(site: Site) -> None:
+    release_round(site, FIRST, server_round=1, run="a")
+    for _ in range(2):
+        release.ledger_path(site).unlink()
+        restoration.restore(site, plans=[FIRST])
+    assert len(restored_runs(site)) == 1, "the first was lost with the ledger"
+    with closing(sqlite3.connect(release.ledger_path(site))) as database, database:
+        database.execute("DELETE FROM entries WHERE number = (SELECT MAX(number) FROM entries)")
+    restored(site)
+    assert len(restored_runs(site)) == 2
+
+
+def test_rehearsal_of_a_plan_leaves_nothing_that_a_restoration_would_charge(tmp_path: Path) -> None:
+    north = write_site(tmp_path / "north", size=8, max_epsilon=100.0)
+    rehearsal.rehearse(north, plan(**TINY, training__expected_batch=1000))
+    assert approval.known_plans(north) == {}
+    assert not release.head_path(north).exists() and not north.state.exists()
+
+
+def test_lost_ledger_is_said_where_only_the_last_row_is_asked_for(site: Site) -> None:
+    assert release.ledger_head(site) is None
+    release_round(site, FIRST, server_round=1, run="a")
+    release.ledger_path(site).unlink()
+    with pytest.raises(LedgerError):
+        release.ledger_head(site)
 
 
 def test_restoration_charges_the_named_plans_alone_if_a_person_knows_better(site: Site) -> None:
@@ -242,7 +319,7 @@ def test_intact_ledger_is_not_restored(site: Site) -> None:
 
 def test_row_of_an_unknown_plan_must_be_named(site: Site) -> None:
     release_round(site, FIRST, server_round=1, run="a")
-    shutil.rmtree(site.private / "plans")
+    shutil.rmtree(site.directory / "plans")
     with closing(sqlite3.connect(release.ledger_path(site))) as database, database:
         database.execute("UPDATE entries SET steps = 0 WHERE number = 1")
     with pytest.raises(UserError, match=f"{FIRST.hash}.*--plan"):

@@ -173,6 +173,8 @@ def test_site_that_was_put_back_to_an_old_copy_declines_until_it_is_restored(fed
     lost = plan(seed=5)
     path = federation.directory / "lost.json"
     path.write_text(lost.to_json())
+    told = federation.verb("feverfew-client", "ledger", "restore", "west")
+    assert told.returncode == 2 and "missing rows" in told.stderr, "the copy knows nothing of the lost plan"
     told = federation.verb("feverfew-client", "ledger", "restore", "west", "--plan", path)
     assert told.returncode == 0, told.stderr
     start(federation, "west")

@@ -1,4 +1,4 @@
-"""Epsilon against a second implementation and against published values; calibration over many settings.
+"""Epsilon against a second implementation; calibration over many settings.
 
 The second implementation is Google's dp-accounting: privacy loss distributions on a grid, rounded so that
 they bound epsilon from above or from below (Koskela, Jälkö, Honkela 2020; Doroshenko et al. 2022, Connect
@@ -8,11 +8,13 @@ the Dots). It shares no code with Opacus' PRV accountant or with our closed form
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any
 
 import pytest
+from absl import logging as absl_logging
 from dp_accounting.pld import privacy_loss_distribution as pld
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,6 +24,9 @@ from common.calibration import mechanism, run_spends
 from common.plan import Plan
 from common.privacy import Spend, epsilon
 from tests.plans import plan
+
+# dp-accounting's log keeps the stream that pytest captures, and closes it when Hydra sets up a log.
+absl_logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 
 def spend(noise_multiplier: float, sample_rate: float = 1.0, steps: int = 1) -> Spend:
@@ -99,23 +104,6 @@ def test_fall_back_lies_above_the_second_implementation(noise: float, rate: floa
     assert found.accountant == "rdp"
     below = second_opinion([spend(noise, rate, steps)], delta=1e-5, is_upper=False, interval=0.1)
     assert 0.2 * found.value <= below <= found.value
-
-
-@pytest.mark.parametrize(
-    ("noise", "rate", "steps", "published"),
-    [
-        # Abadi et al. (2016), Deep Learning with Differential Privacy: moments accountant
-        pytest.param(4.0, 0.01, 10_000, 1.26, marks=pytest.mark.slow),
-        # tutorial of TensorFlow Privacy on MNIST, batches of 256 of 60,000: RDP accountant
-        (1.3, 256 / 60_000, 15 * 60_000 // 256, 1.19),
-        (1.1, 256 / 60_000, 60 * 60_000 // 256, 3.01),
-        (0.7, 256 / 60_000, 45 * 60_000 // 256, 7.10),
-    ],
-)
-def test_epsilon_is_below_a_published_looser_bound_but_not_by_much(
-    noise: float, rate: float, steps: int, published: float
-) -> None:
-    assert 0.7 * published < epsilon([spend(noise, rate, steps)], delta=1e-5).value < published
 
 
 CALIBRATIONS = [

@@ -22,7 +22,7 @@ from common import model
 from common.calibration import Mechanism
 from common.errors import ConfigError
 from common.plan import Plan
-from simulations import attack, attack_page, auditor, run
+from simulations import attack, attack_page, auditor
 from simulations.attack import AttackReport
 from simulations.auditor import Audit
 from simulations.canaries import Canaries, CanaryGradient, nobody, toss
@@ -33,6 +33,7 @@ from simulations.membership import Attack as MembershipAttack
 from simulations.membership import Attacked, Membership
 from simulations.settings import Attack
 from tests.defects import CAUGHT_BY, EPOCHS, FIXED_BATCHES, IMAGES_CLIPPED_APART
+from tests.mistakes import require_one_clear_line
 from tests.plans import TINY, plan
 
 COMMAND = str(Path(sys.executable).with_name("feverfew-simulate"))
@@ -391,14 +392,7 @@ def test_a_mistake_gives_one_clear_line_and_exit_code_2(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides, named = MISTAKES[mistake]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [COMMAND, *overrides])
-    with pytest.raises(SystemExit) as ended:
-        run.main()
-    told = capsys.readouterr().err.strip()
-    assert ended.value.code == 2, told
-    assert len(told.splitlines()) == 1, told
-    assert named in told
+    require_one_clear_line(overrides, named, place=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
 
 
 @pytest.mark.slow

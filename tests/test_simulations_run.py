@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.report import Report
-from simulations import run
+from tests.mistakes import require_one_clear_line
 from tests.sites import write_site
 
 COMMAND = str(Path(sys.executable).with_name("feverfew-simulate"))
@@ -70,14 +70,7 @@ def test_a_mistake_gives_one_clear_line_and_exit_code_2(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides, named = MISTAKES[mistake]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [COMMAND, *overrides])
-    with pytest.raises(SystemExit) as ended:
-        run.main()
-    told = capsys.readouterr().err.strip()
-    assert ended.value.code == 2, told
-    assert len(told.splitlines()) == 1, told
-    assert named in told
+    require_one_clear_line(overrides, named, place=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
 
 
 def test_an_impossible_privacy_target_gives_one_clear_line_and_exit_code_2(
