@@ -57,6 +57,7 @@ def once(
         return replies.load(directory, task.identity) or _stored(directory, task, work())
     directory = private_directory(site.state) / "replies"
     with FileLock(site.state / "task.lock", mode=0o600), open_ledger(site) as ledger:
+        approval.keep(site, plan)  # before the charge: a restoration must know what it was for
         charged = ledger.charge(_charge(site, plan, task, part, spend), max_repeats=site.settings.max_repeats)
         outcome = ledger.outcome(task.identity)
         if outcome is not None:

@@ -164,7 +164,6 @@ def _require_ledger(site: Site, plan: Plan, task: Task) -> None:
     except PrivacyTargetError as error:
         raise Refusal("unreachable_target", str(error)) from None
     if spends:
-        approval.keep(site, plan)
         with release.open_ledger(site) as ledger:
             if task.head is not None:
                 ledger.require_known(task.head)
