@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # CI replaces these two: all tests but those for a GPU, under coverage.
 TEST_MARKS ?= not slow and not deployment and not gpu
-RUN ?= pytest
+RUN ?= pytest --numprocesses 2 --dist loadfile
 
 .PHONY: simulate test check format bench kill clean
 

@@ -123,9 +123,7 @@ def main() -> None:
     torch.set_num_threads(1)
     plan, _ = composed()
     parts = [
-        phantom_part(
-            PATIENTS_PER_SITE, cases_per_patient=2, asked=plan.preprocessing, image_size=128, seed=seed
-        )
+        phantom_part(PATIENTS_PER_SITE, cases_per_patient=2, asked=plan.asked, image_size=128, seed=seed)
         for seed in range(SITES)
     ]
     for name in asked.cases or known:

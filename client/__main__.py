@@ -1,4 +1,4 @@
-"""Verbs of a hospital: ``feverfew-client init|check|rehearse|approve|ledger|run``."""
+"""Verbs of a hospital: ``feverfew-client init|fetch|check|rehearse|approve|ledger|used|withdraw|run``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client import approval, coordinator, release, skeleton
+from client import approval, coordinator, log, release, skeleton
 from client.agent import open_agent
 from client.site import Site, open_site
 from common import keys
@@ -20,6 +20,7 @@ from common.invitation import Invitation
 from common.plan import Plan
 
 COMMAND = "feverfew-client"
+PATIENT = "as the case table names them; the image's path with patient_is: case; '-' to type or pipe it in"
 
 
 def main() -> None:
@@ -39,10 +40,24 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--invitation", type=Path, help="the file that the coordinator sent")
     init.set_defaults(verb=_init)
 
+    fetch = verbs.add_parser("fetch", help="bring the images that site.yaml asks for from the PACS")
+    fetch.add_argument("directory", type=Path)
+    fetch.add_argument("--list", action="store_true", help="only count what would be fetched")
+    fetch.add_argument("--json", action="store_true", help="print JSON instead of text")
+    fetch.set_defaults(verb=_fetch)
+
     check = verbs.add_parser("check", help="say what of this site would be used, and what is wrong")
     check.add_argument("directory", type=Path)
     check.add_argument("--plan", type=Path, help="for this plan (default: usual preprocessing, all labels)")
     check.add_argument("--freeze", action="store_true", help="take the data as they are now as the cohort")
+    for decision in ("refuse", "keep"):
+        check.add_argument(
+            f"--{decision}",
+            metavar="CODE",
+            action="append",
+            default=[],
+            help=f"{decision} the cases of this finding, and freeze (repeatable)",
+        )
     check.add_argument("--json", action="store_true", help="print JSON instead of tables")
     check.set_defaults(verb=_check)
 
@@ -76,6 +91,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     ledger.set_defaults(verb=_ledger)
 
+    used = verbs.add_parser("used", help="say which runs used the cases of a patient")
+    used.add_argument("directory", type=Path)
+    used.add_argument("patient", help=PATIENT)
+    used.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    used.set_defaults(verb=_used)
+
+    withdraw = verbs.add_parser(
+        "withdraw", help="exclude a patient from every later task, and say which runs used their cases"
+    )
+    withdraw.add_argument("directory", type=Path)
+    what = withdraw.add_mutually_exclusive_group(required=True)
+    what.add_argument("patient", nargs="?", help=PATIENT)
+    what.add_argument("--list", action="store_true", help="show who is withdrawn, and since when")
+    withdraw.add_argument("--undo", action="store_true", help="take the withdrawal of this patient back")
+    withdraw.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    withdraw.set_defaults(verb=_withdraw)
+
     run = verbs.add_parser("run", help="work for the coordinator until stopped")
     run.add_argument("directory", type=Path)
     run.set_defaults(verb=_run)
@@ -103,18 +135,27 @@ def _known_name(directory: Path) -> str:
     return open_site(directory).name if (directory / "site.yaml").exists() else directory.resolve().name
 
 
+def _fetch(arguments: argparse.Namespace) -> int:
+    from client import fetch  # see _check
+
+    site = open_site(arguments.directory)
+    return fetch.report(site, only_list=arguments.list, as_json=arguments.json)
+
+
 def _check(arguments: argparse.Namespace) -> int:
     # Imported here: the daemon, which shares this file, does not need what it brings.
-    from client import check, inspection
+    from client import inspection, report, rules
 
     site = open_site(arguments.directory)
     plan = None if arguments.plan is None else _plan(arguments.plan)
-    return check.report(
+    decided = rules.decided(refuse=arguments.refuse, keep=arguments.keep)
+    return report.report(
         site,
-        preprocessing=inspection.usual_preprocessing() if plan is None else plan.preprocessing,
-        classes=inspection.labels(site) if plan is None else plan.classes,
+        asked=inspection.usual(site) if plan is None else plan.asked,
+        plan=plan,
         others=inspection.lines(site, plan),
-        freeze=arguments.freeze,
+        freeze=arguments.freeze or bool(decided),
+        decided=decided,
         as_json=arguments.json,
     )
 
@@ -166,6 +207,32 @@ def _ledger(arguments: argparse.Namespace) -> int:
     return 0 if told.what_if is None or told.what_if.fits else 1
 
 
+def _used(arguments: argparse.Namespace) -> int:
+    from client import patient  # see _check
+
+    return patient.report(open_site(arguments.directory), _patient(arguments), as_json=arguments.json)
+
+
+def _withdraw(arguments: argparse.Namespace) -> int:
+    from client import patient, withdrawal  # see _check
+
+    site = open_site(arguments.directory)
+    if arguments.list:
+        return patient.report_withdrawn(site, as_json=arguments.json)
+    named = _patient(arguments)
+    change = withdrawal.undo if arguments.undo else withdrawal.withdraw
+    change(site, patient=named)  # before anything else is read: what is broken elsewhere must not stop it
+    if not arguments.json:
+        print("the withdrawal is undone" if arguments.undo else "withdrawn: no later task uses this patient")
+    return patient.report(site, named, as_json=arguments.json)
+
+
+def _patient(arguments: argparse.Namespace) -> str:
+    """Returns the patient that is asked for; read from standard input, they are in no shell history."""
+    named: str = arguments.patient
+    return (sys.stdin.readline() if named == "-" else named).strip()
+
+
 def _run(arguments: argparse.Namespace) -> int:
     site = open_site(arguments.directory)
     release.ledger_head(site)  # a broken ledger is said now, not at the first task
@@ -189,7 +256,7 @@ def _log_to(site: Site) -> None:
         logging.StreamHandler(sys.stdout),
         logging.handlers.WatchedFileHandler(site.state / "agent.log"),
     ):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(log.Formatter())
         ours.addHandler(handler)
 
 

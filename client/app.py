@@ -10,10 +10,10 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from client import release, work
+from client import log, release, work
 from client.site import Site, open_site, site_directory
 from common import exchange, model
-from common.errors import ConfigError, FeverfewError, LedgerError, Refusal
+from common.errors import ConfigError, FeverfewError, LedgerError, Refusal, UnusableCase
 from common.plan import Plan
 
 logger = logging.getLogger("feverfew.site")
@@ -64,7 +64,9 @@ def _deliver(site: Site, plan: Plan, task: exchange.Task) -> RecordDict:
 def _answer(
     message: Message, context: Context, do: Callable[[Site, Plan, exchange.Task], RecordDict]
 ) -> Message:
-    """Runs a task; whatever goes wrong leaves as a constant code, the text stays in the site's log."""
+    """Runs a task; whatever goes wrong leaves as a constant code. Texts of ours, which name no case, stay in
+    the site's log, and all others in ``private/errors.log``."""
+    site = None
     try:
         site = open_site(site_directory(context.node_config))
         task = exchange.read_task(message.content)
@@ -82,11 +84,16 @@ def _answer(
     except ConfigError as error:
         logger.error("incompatible plan: %s", error)
         content = exchange.refusal_record("incompatible_plan")
+    except UnusableCase as error:
+        logger.error("a case cannot be used: %s", error.code)  # its text may name the file
+        content = exchange.refusal_record("site_error")
     except FeverfewError as error:
         logger.error("%s", error)
         content = exchange.refusal_record("site_error")
-    except Exception:
-        logger.exception("task failed")
+    except Exception as error:
+        logger.exception("task failed; private/%s says more", log.ERRORS)
+        if site is not None:
+            log.keep_error(site, error)
         content = exchange.refusal_record("site_error")
     return Message(content, reply_to=message)
 

@@ -1,6 +1,6 @@
 """Preprocessed cases on disk: decoded once, memory-mapped, made anew when damaged.
 
-A store is a directory for one way of preprocessing, with one ``.npy`` (uint8, a row per case) and
+A store is a directory for one way of preprocessing, with one ``.npy`` (a record per case) and
 ``index.json``, which names the ``.npy``, its size and checksum, the key of every row, and the cases that
 cannot be used. The index is replaced in one step, so a store is always whole. Cases are named by keyed
 pseudonyms; nothing here names a file or a patient.
@@ -23,7 +23,7 @@ from filelock import FileLock
 from client import files
 from common.errors import UnusableCase
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_BYTES = 2**24
 TRANSIENT = (
     "missing_file",
@@ -41,12 +41,12 @@ class Store:
     """Preprocessed cases.
 
     Attributes:
-        images: uint8, (cases, *shape), memory-mapped and read only; the wanted cases in the wanted order,
-            without the refused ones.
+        records: (cases,), of the wanted type, memory-mapped and read only; the wanted cases in the wanted
+            order, without the refused ones.
         refused: the code by key of every wanted case that cannot be used.
     """
 
-    images: np.ndarray
+    records: np.ndarray
     refused: Mapping[str, str]
 
 
@@ -54,7 +54,7 @@ def open_store(
     directory: Path,
     *,
     keys: Sequence[str],
-    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
     decode: Decode,
     on_progress: Progress | None = None,
 ) -> Store:
@@ -63,27 +63,27 @@ def open_store(
     Args:
         directory: one for each way of preprocessing.
         keys: distinct pseudonyms of the wanted cases, which change with their content.
-        shape: of one case.
-        decode: returns the uint8 array of a case, given its position in ``keys``, or raises
+        dtype: of one case.
+        decode: returns the record of a case, an array of shape (), given its position in ``keys``, or raises
             ``UnusableCase``; other errors are passed on and leave the store as it was.
         on_progress: told (done, total) of the cases to decode.
     """
-    store = _opened(directory, keys=keys, shape=shape)
+    store = _opened(directory, keys=keys, dtype=dtype)
     if store is not None:
         return store
     files.private_directory(directory)
     with FileLock(directory / "lock", mode=0o600):
-        store = _opened(directory, keys=keys, shape=shape)  # another process may have been faster
+        store = _opened(directory, keys=keys, dtype=dtype)  # another process may have been faster
         if store is not None:
             return store
-        transient = _build(directory, keys=keys, shape=shape, decode=decode, on_progress=on_progress)
+        transient = _build(directory, keys=keys, dtype=dtype, decode=decode, on_progress=on_progress)
         wanted = [key for key in keys if key not in transient]
-        store = _opened(directory, keys=wanted, shape=shape)
+        store = _opened(directory, keys=wanted, dtype=dtype)
     assert store is not None, "a store that was just written opens"
-    return Store(images=store.images, refused={**store.refused, **transient})
+    return Store(records=store.records, refused={**store.refused, **transient})
 
 
-def _opened(directory: Path, *, keys: Sequence[str], shape: tuple[int, ...]) -> Store | None:
+def _opened(directory: Path, *, keys: Sequence[str], dtype: np.dtype[Any]) -> Store | None:
     """Returns the store if it is whole and has these cases in this order."""
     index = _read_index(directory)
     if index is None:
@@ -91,10 +91,10 @@ def _opened(directory: Path, *, keys: Sequence[str], shape: tuple[int, ...]) -> 
     refused = index["refused"]
     if [key for key in keys if key not in refused] != index["rows"]:
         return None
-    images = _read_images(directory, index=index, shape=shape)
-    if images is None:
+    records = _read_records(directory, index=index, dtype=dtype)
+    if records is None:
         return None
-    return Store(images=images, refused={key: refused[key] for key in keys if key in refused})
+    return Store(records=records, refused={key: refused[key] for key in keys if key in refused})
 
 
 def _read_index(directory: Path) -> dict[str, Any] | None:
@@ -104,27 +104,27 @@ def _read_index(directory: Path) -> dict[str, Any] | None:
         return None
     whole = isinstance(index, dict) and index.get("format") == FORMAT
     return (
-        index if whole and {"rows", "refused", "images", "size", "mtime_ns", "crc32"} <= set(index) else None
+        index if whole and {"rows", "refused", "records", "size", "mtime_ns", "crc32"} <= set(index) else None
     )
 
 
-def _read_images(directory: Path, *, index: dict[str, Any], shape: tuple[int, ...]) -> np.ndarray | None:
-    """Maps the images; None where size, time or content are not those of the index.
+def _read_records(directory: Path, *, index: dict[str, Any], dtype: np.dtype[Any]) -> np.ndarray | None:
+    """Maps the records; None where size, time or content are not those of the index.
 
     The content is summed only where the time of the file says that somebody touched or copied it.
     """
-    path = directory / index["images"]
+    path = directory / index["records"]
     try:
         status = path.stat()
         if status.st_size != index["size"]:
             return None
         if status.st_mtime_ns != index["mtime_ns"] and _checksum(path) != index["crc32"]:
             return None
-        images = np.load(path, mmap_mode="r", allow_pickle=False)
+        records = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
         return None
-    fits = images.dtype == np.uint8 and images.shape == (len(index["rows"]), *shape)
-    return images.view(np.ndarray) if fits else None
+    fits = records.dtype == dtype and records.shape == (len(index["rows"]),)
+    return records.view(np.ndarray) if fits else None
 
 
 def _checksum(path: Path) -> int:
@@ -139,63 +139,64 @@ def _build(
     directory: Path,
     *,
     keys: Sequence[str],
-    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
     decode: Decode,
     on_progress: Progress | None,
 ) -> dict[str, str]:
     """Writes a new store, copying what the old one has; returns the codes that may not be kept."""
-    known, refused = _known(directory, shape=shape)
+    known, refused = _known(directory, dtype=dtype)
     num_new = sum(key not in known and key not in refused for key in keys)
-    name, rows, done = f"images-{secrets.token_hex(8)}.npy", [], 0
+    name, rows, done = f"records-{secrets.token_hex(8)}.npy", [], 0
     transient: dict[str, str] = {}
     with open(directory / name, "xb", opener=_private_opener) as stream:
-        _write_header(stream, shape=(len(keys), *shape))
+        _write_header(stream, dtype=dtype, num_cases=len(keys))
         for position, key in enumerate(keys):
             if key in refused:
                 continue
             try:
-                image = known[key] if key in known else decode(position)
+                record = known[key] if key in known else decode(position)
             except UnusableCase as error:
                 (transient if error.code in TRANSIENT else refused)[key] = error.code
             else:
-                stream.write(np.ascontiguousarray(image, dtype=np.uint8).tobytes())
+                stream.write(np.asarray(record, dtype=dtype).tobytes())
                 rows.append(key)
             if key not in known:
                 done += 1
                 _tell(on_progress, done, num_new)
         stream.seek(0)
-        _write_header(stream, shape=(len(rows), *shape))
+        _write_header(stream, dtype=dtype, num_cases=len(rows))
         stream.flush()
         os.fsync(stream.fileno())
     kept = {key: refused[key] for key in keys if key in refused}
-    _write_index(directory, images=name, rows=rows, refused=kept)
+    _write_index(directory, records=name, rows=rows, refused=kept)
     return transient
 
 
-def _known(directory: Path, *, shape: tuple[int, ...]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def _known(directory: Path, *, dtype: np.dtype[Any]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Returns what the store of before has, by key; nothing where it is damaged."""
     index = _read_index(directory)
-    images = None if index is None else _read_images(directory, index=index, shape=shape)
-    if index is None or images is None:
+    records = None if index is None else _read_records(directory, index=index, dtype=dtype)
+    if index is None or records is None:
         return {}, {}
-    return dict(zip(index["rows"], images, strict=True)), dict(index["refused"])
+    return dict(zip(index["rows"], records, strict=True)), dict(index["refused"])
 
 
 def _private_opener(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _write_header(stream: BinaryIO, *, shape: tuple[int, ...]) -> None:
+def _write_header(stream: BinaryIO, *, dtype: np.dtype[Any], num_cases: int) -> None:
     # numpy pads the header for any length of the first axis, so it can be written again in place.
-    np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_cases,)}
+    np.lib.format.write_array_header_1_0(stream, header)
 
 
-def _write_index(directory: Path, *, images: str, rows: list[str], refused: dict[str, str]) -> None:
-    path = directory / images
+def _write_index(directory: Path, *, records: str, rows: list[str], refused: dict[str, str]) -> None:
+    path = directory / records
     status = path.stat()
     index = {
         "format": FORMAT,
-        "images": images,
+        "records": records,
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
         "crc32": _checksum(path),
@@ -203,8 +204,8 @@ def _write_index(directory: Path, *, images: str, rows: list[str], refused: dict
         "refused": refused,
     }
     files.write_private(directory / "index.json", content=json.dumps(index).encode())
-    for old in directory.glob("images-*.npy"):
-        if old.name != images:
+    for old in directory.glob("records-*.npy"):
+        if old.name != records:
             old.unlink()  # whoever has it mapped keeps it
 
 

@@ -6,28 +6,27 @@ Nothing of this leaves the site.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from rich.console import Console, Group, RenderableType
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from client import frozen, quarantine
+from client import findings, frozen, quarantine, rarity, split, survey, withdrawal
 from client.cohort import Cohort, Part, open_cohort
+from client.findings import Finding, Level
+from client.frozen import Frozen
 from client.frozen import Progress as OnProgress
+from client.rules import Decision
+from client.sight import Sight
 from client.site import Site
-from common.plan import Preprocessing
+from common.asked import Asked
+from common.plan import Plan
 
 NOMINAL_TOLERANCE = 0.2  # a batch then has at most a fifth more or fewer patients than the plan expects
 NOMINAL_LEEWAY = 5  # patients; the split is random, and small sites differ by that much by chance
-
-Level = Literal["ok", "warning", "error"]
-STYLES: Mapping[Level, str] = {"ok": "green", "warning": "yellow", "error": "bold red"}
+MUCH_ENLARGED = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,12 @@ class PartFindings:
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What ``check`` found at a site; for the site only."""
+    """What ``check`` found at a site; for the site only.
+
+    Attributes:
+        version: of the cohort; "" where none could be frozen, and then there are no parts.
+        found: what stands out; their examples name cases and patients.
+    """
 
     site: str
     version: str
@@ -66,45 +70,121 @@ class Findings:
     patients: int
     parts: Mapping[str, PartFindings]
     quarantined: Mapping[str, int]
+    found: tuple[Finding, ...]
     lines: tuple[Line, ...]
 
     @property
     def ok(self) -> bool:
         """Whether the site can take part."""
-        return all(line.level != "error" for line in self.lines)
+        levels = [*(line.level for line in self.lines), *(one.level for one in self.found)]
+        return "error" not in levels
 
     def to_tree(self) -> dict[str, Any]:
-        """Returns plain values for JSON, with the remedy beside each code."""
-        tree = asdict(self)
-        tree["quarantined"] = {
-            code: {"cases": count, "remedy": quarantine.REMEDIES[code]}
-            for code, count in self.quarantined.items()
+        """Returns plain values for JSON, with the remedy beside each code; no case or patient is named."""
+        return {
+            "ok": self.ok,
+            "site": self.site,
+            "version": self.version,
+            "offered": self.offered,
+            "used": self.used,
+            "patients": self.patients,
+            "parts": {name: asdict(part) for name, part in self.parts.items()},
+            "quarantined": {
+                code: {"cases": count, "remedy": quarantine.REMEDIES[code]}
+                for code, count in self.quarantined.items()
+            },
+            "findings": [_finding_tree(one) for one in self.found],
+            "lines": [asdict(line) for line in self.lines],
         }
-        return {"ok": self.ok, **tree}
+
+
+def _finding_tree(one: Finding) -> dict[str, Any]:
+    names = ("code", "level", "cases", "says", "decision", "note", "remedy")
+    return {name: getattr(one, name) for name in names}
 
 
 def check(
     site: Site,
     *,
-    preprocessing: Preprocessing,
-    classes: tuple[str, ...],
+    asked: Asked,
+    plan: Plan | None = None,
     others: Sequence[Line] = (),
+    freeze: bool = False,
+    decided: Mapping[str, Decision] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Findings:
-    """Looks at a site's data as a plan would use them; reads and preprocesses every case once.
+    """Looks at a site's data as a plan would use them; decodes, compares and preprocesses every case.
 
     Args:
+        plan: that which asks, if there is one: its noise decides which classes are too rare.
         others: what was found beside the data, to be shown with the rest: see ``client.inspection``.
-        on_progress: told (done, total); see ``progress``.
+        freeze: take the listing and the files as they are now, as the next version of the cohort. The first
+            check does so in any case.
+        decided: what a person decided for this freezing, by code.
+        on_progress: told (done, total), twice over all cases; see ``report.progress``.
 
     Raises:
         UserError, StateError: as ``cohort.open_cohort``.
     """
-    cohort = open_cohort(site, preprocessing=preprocessing, classes=classes, on_progress=on_progress)
-    parts = {name: _count(part, classes=classes) for name, part in cohort.parts.items()}
+    secret = split.read_key(site)
+    listed = None if freeze else frozen.read(site, secret=secret)
+    cases, refused = frozen.accepted(frozen.listed_rows(site))
+    seen = survey.survey(site, cases=cases, on_progress=on_progress)
+    chosen = decided or _decided_before(site, listed)
+    found = findings.find(site, cases=cases, seen=seen, decided=chosen, secret=secret)
+    found = (*found, *_enlarged(seen, asked))
+    if listed is None:
+        questions = findings.open_questions(found)
+        if questions:
+            codes = Counter([one.code for one in refused])
+            return _undecided(site, found, offered=len(cases) + len(refused), codes=codes, others=others)
+        frozen.freeze(site, seen=seen, decided=decided)
+    else:
+        found = (*found, *_not_applied(site, listed, found))
+    del seen  # it is large, and what follows needs room
+    return _found_of(
+        site, open_cohort(site, asked=asked, on_progress=on_progress), found, asked, plan, others
+    )
+
+
+def _decided_before(site: Site, listed: Frozen | None) -> dict[str, Decision]:
+    """Returns what a person decided where the rules ask."""
+    rules: dict[str, Decision] = site.settings.rules.decisions.model_dump()
+    decided = {} if listed is None else listed.decided
+    return {code: decided[code] for code, rule in rules.items() if rule == "ask" and code in decided}
+
+
+def _undecided(
+    site: Site, found: Sequence[Finding], *, offered: int, codes: Mapping[str, int], others: Sequence[Line]
+) -> Findings:
+    questions = " or ".join(findings.open_questions(found))
+    text = f"not frozen: decide about {questions} with --refuse CODE or --keep CODE, or in site.yaml"
+    return Findings(
+        site=site.name,
+        version="",
+        offered=offered,
+        used=0,
+        patients=0,
+        parts={},
+        quarantined=dict(sorted(codes.items())),
+        found=tuple(found),
+        lines=(Line(name="cohort", text=text, level="error"), *others),
+    )
+
+
+def _found_of(
+    site: Site,
+    cohort: Cohort,
+    found: Sequence[Finding],
+    asked: Asked,
+    plan: Plan | None,
+    others: Sequence[Line],
+) -> Findings:
+    parts = {name: _count(part, asked) for name, part in cohort.parts.items()}
+    patients = {name: {one: c.patients for one, c in part.by_class.items()} for name, part in parts.items()}
     lines = (
         *_table_lines(site),
-        _cases_line(cohort),
+        _cases_line(site, cohort),
         *_training_lines(site, parts["train"]),
         Line(name="split key", text="present, readable by this account only"),
         _machine_line(site),
@@ -118,17 +198,49 @@ def check(
         patients=sum(part.total.patients for part in parts.values()),
         parts=parts,
         quarantined=cohort.reasons,
+        found=(*found, *rarity.rare(site.settings, patients=patients, plan=plan)),
         lines=lines,
     )
 
 
-def _count(part: Part, *, classes: tuple[str, ...]) -> PartFindings:
-    owners = np.zeros(len(part.labels), dtype=np.int64)
+def _enlarged(seen: Mapping[str, Sight | str], asked: Asked) -> list[Finding]:
+    size = asked.preprocessing.size
+
+    def is_small(one: Sight | str) -> bool:
+        shapes = () if isinstance(one, str) else one.shapes
+        pairs = [pair for shape in shapes for pair in zip(shape[1:], size, strict=False)]
+        return any(MUCH_ENLARGED * length < wanted for length, wanted in pairs)
+
+    images = sorted(image for image, one in seen.items() if is_small(one))
+    if not images:
+        return []
+    return [Finding(code="much_enlarged", level="warning", cases=len(images), example=images[0])]
+
+
+def _not_applied(site: Site, listed: Frozen, found: Sequence[Finding]) -> list[Finding]:
+    """Finds the cases of the frozen cohort that the rules would refuse if it were frozen now."""
+    withdrawn = withdrawal.withdrawn(site)
+    codes = findings.refused(found)
+    images = sorted(
+        one.case.image
+        for one in listed.cases
+        if one.case.image in codes and one.case.patient not in withdrawn
+    )
+    if not images:
+        return []
+    by_files = (
+        "frozen without a check, which compares files and not pixels" if listed.compared == "files" else ""
+    )
+    return [Finding(code="not_applied", level="warning", cases=len(images), example=images[0], note=by_files)]
+
+
+def _count(part: Part, asked: Asked) -> PartFindings:
+    owners = np.zeros(len(part.images), dtype=np.int64)
     for number, cases in enumerate(part.patients):
         owners[cases] = number
     by_class = {}
-    for index, name in enumerate(classes):
-        of_class = part.labels == index
+    for index, name in enumerate(asked.classes):
+        of_class = part.has_class(index)
         by_class[name] = Counts(patients=len(np.unique(owners[of_class])), cases=int(of_class.sum()))
     return PartFindings(total=Counts(patients=len(part.patients), cases=len(owners)), by_class=by_class)
 
@@ -146,11 +258,16 @@ def _table_lines(site: Site) -> tuple[Line, ...]:
     return tuple(lines)
 
 
-def _cases_line(cohort: Cohort) -> Line:
+def _cases_line(site: Site, cohort: Cohort) -> Line:
     text = f"{cohort.used} of {cohort.offered} can be used"
     if cohort.used == cohort.offered:
         return Line(name="cases", text=text)
-    return Line(name="cases", text=f"{text}; private/quarantine.csv lists the others", level="warning")
+    text = f"{text}; private/quarantine.csv lists the others"
+    most = site.settings.rules.max_quarantined_fraction
+    if quarantine.fraction(cohort.reasons, offered=cohort.offered) <= most:
+        return Line(name="cases", text=text, level="warning")
+    text = f"{text}; more than {most:.0%} are unusable (max_quarantined_fraction): runs are declined"
+    return Line(name="cases", text=text, level="error")
 
 
 def _training_lines(site: Site, found: PartFindings) -> tuple[Line, ...]:
@@ -158,9 +275,7 @@ def _training_lines(site: Site, found: PartFindings) -> tuple[Line, ...]:
         return ()
     if found.total.cases == 0:
         return (Line(name="training", text="no case to train on", level="error"),)
-    absent = [name for name, counts in found.by_class.items() if counts.cases == 0]
-    lines = [Line(name="training", text=f"no case of {name}", level="warning") for name in absent]
-    return (_nominal_line(site.settings.nominal_patients, found.total.patients), *lines)
+    return (_nominal_line(site.settings.nominal_patients, found.total.patients),)
 
 
 def _nominal_line(nominal: int, patients: int) -> Line:
@@ -176,87 +291,3 @@ def _machine_line(site: Site) -> Line:
     threads, cpus = site.settings.threads, len(os.sched_getaffinity(0))
     text = f"cpu, {threads} of {cpus} threads"
     return Line(name="device", text=text, level="ok" if threads <= cpus else "warning")
-
-
-def render(findings: Findings) -> RenderableType:
-    """Returns the findings as tables for a terminal."""
-    blocks = [_parts_table(findings), _lines_table(findings)]
-    if findings.quarantined:
-        blocks.insert(1, _quarantine_table(findings))
-    return Group(*blocks)
-
-
-def _parts_table(findings: Findings) -> Table:
-    classes = tuple(next(iter(findings.parts.values())).by_class)
-    table = Table(title=f"{findings.site}: patients (cases)", title_justify="left")
-    table.add_column("part")
-    for name in (*classes, "all"):
-        table.add_column(escape(name), justify="right")
-    for name, part in findings.parts.items():
-        cells = [part.by_class[one] for one in classes]
-        table.add_row(name, *(f"{cell.patients} ({cell.cases})" for cell in (*cells, part.total)))
-    return table
-
-
-def _quarantine_table(findings: Findings) -> Table:
-    table = Table(title="not used", title_justify="left")
-    for name in ("code", "cases", "remedy"):
-        table.add_column(name, justify="right" if name == "cases" else "left")
-    for code, count in findings.quarantined.items():
-        table.add_row(code, str(count), quarantine.REMEDIES[code])
-    return table
-
-
-def _lines_table(findings: Findings) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for line in findings.lines:
-        table.add_row(f"[{STYLES[line.level]}]{line.level}[/]", escape(line.name), escape(line.text))
-    return table
-
-
-@contextmanager
-def progress(console: Console) -> Iterator[OnProgress]:
-    """Shows a progress bar as long as the block lasts; yields what to hand on as ``on_progress``."""
-    columns = (TextColumn("reading cases"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("cases", total=None)
-
-        def told(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        yield told
-
-
-def report(
-    site: Site,
-    *,
-    preprocessing: Preprocessing,
-    classes: tuple[str, ...],
-    others: Sequence[Line] = (),
-    freeze: bool = False,
-    as_json: bool = False,
-    console: Console | None = None,
-) -> int:
-    """Checks a site and prints what was found; returns the exit code, 0 if the site can take part.
-
-    Args:
-        freeze: take the case table and the files as they are now, as the next version of the cohort.
-        as_json: print JSON instead of tables.
-        console: where to print; standard output unless given. The progress bar goes to standard error.
-    """
-    with progress(Console(stderr=True)) as on_progress:
-        if freeze:
-            frozen.freeze(site, on_progress=on_progress)
-        findings = check(
-            site,
-            preprocessing=preprocessing,
-            classes=classes,
-            others=others,
-            on_progress=on_progress,
-        )
-    console = console or Console()
-    if as_json:
-        console.print_json(data=findings.to_tree())
-    else:
-        console.print(render(findings))
-    return 0 if findings.ok else 1

@@ -89,7 +89,7 @@ class PrivateGradient:
             For each parameter the patients' mean gradients, (num_patients, *parameter.shape), and the
             patients' mean losses, (num_patients,); both float32.
         """
-        losses = case_losses(self._hooked(batch.images), batch.targets)
+        losses = case_losses(self._hooked(*batch.inputs), batch.targets)
         with warnings.catch_warnings():
             # true of every first layer, since images need no gradient; the hooks need none of them either
             warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from client import cache, files, frozen, preprocessing, quarantine, split
+from client import cache, clinical, content, files, frozen, preprocessing, quarantine, room, split, withdrawal
+from client.case import Case, Refused
 from client.frozen import Frozen, FrozenCase, Progress, freeze
 from client.site import Site
-from client.table import Refused
-from common.errors import UnusableCase
-from common.plan import Preprocessing, canonical_json
+from common.asked import Asked
+from common.errors import Refusal, UnusableCase
+from common.value import canonical_json
 
 __all__ = ["PARTS", "Cohort", "Part", "freeze", "open_cohort"]
+
+logger = logging.getLogger("feverfew.site")
 
 PARTS = ("train", "validation", "test")
 
@@ -31,23 +35,36 @@ class Part:
     """The usable cases of one part.
 
     Attributes:
-        images: uint8, (cases, channels, height, width), memory-mapped and read only.
-        labels: int64, (cases,), index into the plan's classes.
+        images: uint8 or float16, (cases, channels, *size), memory-mapped and read only.
+        targets: what the plan's ``target`` says: int64, (cases,), index into the plan's classes; uint8,
+            (cases, classes), 1 for each label of the case; or uint8, (cases, *size), memory-mapped masks.
+        values: float32, (cases, features), clinical values; no feature where the plan asks for none.
         patients: for each patient the indices of their cases; ordered by keyed pseudonym.
     """
 
     images: np.ndarray
-    labels: np.ndarray
+    targets: np.ndarray
+    values: np.ndarray
     patients: tuple[np.ndarray, ...]
 
+    def has_class(self, index: int) -> np.ndarray:
+        """Returns whether each case is, bears or shows a class: bool, (cases,)."""
+        match self.targets.ndim:
+            case 1:
+                return np.asarray(self.targets == index)
+            case 2:
+                return np.asarray(self.targets[:, index] == 1)
+        return np.array([(mask == index).any() for mask in self.targets], dtype=bool)
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Cohort:
-    """The usable cases of a site.
+    """The usable cases of a site; equal to nothing but itself.
 
     Attributes:
         version: of the frozen list; keyed, so that it tells nothing about what is in it.
         parts: by name; always train, validation and test, possibly empty.
+        sources: by part, the frozen cases in the order of the part's arrays; private.
         offered: rows of the case table when it was frozen.
         used: cases in all parts; ``offered == used + sum(reasons.values())``.
         reasons: number of refused rows by code.
@@ -55,6 +72,7 @@ class Cohort:
 
     version: str
     parts: Mapping[str, Part]
+    sources: Mapping[str, tuple[FrozenCase, ...]]
     offered: int
     used: int
     reasons: Mapping[str, int]
@@ -62,22 +80,23 @@ class Cohort:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Entry:
-    """A case on its way into the cohort: pseudonyms of patient and case, class, and the case itself."""
+    """A case on its way into the cohort: pseudonyms of patient and case, what the plan asks of it beside
+    its pixels, and the case itself, with the plan's inputs in the plan's order."""
 
     patient: bytes
     key: str
-    label: int
+    target: int | list[int]
+    values: list[float]
     source: FrozenCase
 
 
 def open_cohort(
     site: Site,
     *,
-    preprocessing: Preprocessing,
-    classes: tuple[str, ...],
+    asked: Asked,
     on_progress: Progress | None = None,
 ) -> Cohort:
-    """Opens the frozen cohort as a plan wants it; freezes it on first use.
+    """Opens the frozen cohort as a plan wants it, without withdrawn patients; freezes it on first use.
 
     What cannot be used is counted by code and listed in ``private/quarantine.csv``; it never keeps the
     rest from being used.
@@ -86,13 +105,16 @@ def open_cohort(
         on_progress: told (done, total) of the files to freeze, then of the cases to decode.
 
     Raises:
-        UserError, StateError: as ``frozen.freeze``.
+        UserError, StateError: as ``frozen.freeze``; ``private/withdrawn.json`` is damaged.
+        Refusal: the site lists no such images, clinical values or labels at all; or the cache may not be as
+            large as it would have to be.
     """
     secret = split.read_key(site)
     listed = frozen.read(site, secret=secret) or freeze(site, on_progress=on_progress)
     present, refused = _present(site, listed)
-    entries, unknown = _entries(present, classes=classes, secret=secret)
-    store = _open_store(site, entries, asked=preprocessing, on_progress=on_progress)
+    _check_listed(site, listed, asked)
+    entries, unknown = _entries(present, listed=listed, asked=asked, secret=secret)
+    store = _open_store(site, entries, listed=listed, asked=asked, on_progress=on_progress)
     used = [entry for entry in entries if entry.key not in store.refused]
     refused += unknown
     refused += [
@@ -101,9 +123,11 @@ def open_cohort(
         if entry.key in store.refused
     ]
     quarantine.write(site.private / "quarantine.csv", refused=refused)
+    cuts = _cuts(site, used)
     return Cohort(
         version=listed.version,
-        parts=_parts(site, used, images=store.images),
+        parts={name: _part(used[cut], records=store.records[cut], asked=asked) for name, cut in cuts.items()},
+        sources={name: tuple(entry.source for entry in used[cut]) for name, cut in cuts.items()},
         offered=len(listed.cases) + len(listed.refused),
         used=len(used),
         reasons=dict(sorted(Counter(one.code for one in refused).items())),
@@ -111,16 +135,22 @@ def open_cohort(
 
 
 def _present(site: Site, listed: Frozen) -> tuple[list[FrozenCase], list[Refused]]:
-    """Returns the cases whose files are as frozen, and everything refused so far."""
+    """Returns the cases whose files are as frozen, and everything refused so far.
+
+    Files of withdrawn patients are not looked at.
+    """
     refused, present = list(listed.refused), []
+    withdrawn = withdrawal.withdrawn(site)
     before = frozen.read_stamps(site, frozen=listed)
     stamps = list(before)
     for position, one in enumerate(listed.cases):
-        path = site.directory / one.case.image
+        if one.case.patient in withdrawn:
+            refused.append(Refused(image=one.case.image, code=withdrawal.CODE))
+            continue
         try:
-            if files.stamp(path) != stamps[position]:
-                stamps[position], content = frozen.stamped_digest(path)
-                _check_content(content, one)
+            if content.stamp(one.case, directory=site.directory) != stamps[position]:
+                stamps[position], digest = frozen.stamped_digest(one.case, directory=site.directory)
+                _check_content(digest, one)
         except UnusableCase as error:
             stamps[position] = None
             refused.append(Refused(image=one.case.image, code=error.code))
@@ -131,67 +161,134 @@ def _present(site: Site, listed: Frozen) -> tuple[list[FrozenCase], list[Refused
     return present, refused
 
 
-def _check_content(content: str, one: FrozenCase) -> None:
-    if content != one.content:
+def _check_content(digest: str, one: FrozenCase) -> None:
+    if digest != one.content:
         raise UnusableCase("changed_since_frozen", "Expected the file as it was frozen, found another.")
 
 
+def _check_listed(site: Site, listed: Frozen, asked: Asked) -> None:
+    """Refuses a plan that asks for what no case here has; which is a fact of ``site.yaml``, not of data."""
+    if not set(asked.preprocessing.inputs) <= set(listed.inputs):
+        raise Refusal("lacks_images", f"The plan asks for {asked.preprocessing.inputs}.")
+    missing = {value.name for value in asked.clinical} - set(listed.values)
+    if missing:
+        raise Refusal("lacks_values", f"The plan asks for {sorted(missing)}.")
+    if asked.target not in site.settings.cases.targets:
+        raise Refusal("lacks_labels", f"The plan asks for target {asked.target}.")
+
+
 def _entries(
-    present: Sequence[FrozenCase], *, classes: tuple[str, ...], secret: bytes
+    present: Sequence[FrozenCase], *, listed: Frozen, asked: Asked, secret: bytes
 ) -> tuple[list[_Entry], list[Refused]]:
-    """Returns the cases with a known class, ordered by patient pseudonym, and the others."""
-    index = {name: number for number, name in enumerate(classes)}
+    """Returns the cases that the plan can use, ordered by patient pseudonym, and the others."""
     entries, refused = [], []
     for one in present:
-        if one.case.label not in index:
-            refused.append(Refused(image=one.case.image, code="unknown_label"))
-            continue
-        entry = _Entry(
-            patient=split.pseudonym(one.case.patient, secret=secret),
-            key=split.pseudonym(f"case:{one.content}:{one.case.image}", secret=secret).hex()[:32],
-            label=index[one.case.label],
-            source=one,
-        )
-        entries.append(entry)
+        try:
+            entries.append(_entry(one, listed=listed, asked=asked, secret=secret))
+        except UnusableCase as error:
+            refused.append(Refused(image=one.case.image, code=error.code))
     return sorted(entries, key=lambda entry: (entry.patient, entry.key)), refused
 
 
-def _open_store(
-    site: Site, entries: Sequence[_Entry], *, asked: Preprocessing, on_progress: Progress | None
-) -> cache.Store:
-    def decode(position: int) -> np.ndarray:
-        from client import images  # its decoders take long to import, and a warm start does without
-
-        source = entries[position].source
-        content = files.load(site.directory / source.case.image)
-        _check_content(hashlib.sha256(content).hexdigest(), source)
-        return preprocessing.apply(images.decode(content), asked)
-
-    name = canonical_json([asked.model_dump(mode="json"), preprocessing.software()])
-    return cache.open_store(
-        files.private_directory(site.cache) / hashlib.sha256(name.encode()).hexdigest()[:32],
-        keys=[entry.key for entry in entries],
-        shape=(asked.channels, *asked.size),
-        decode=decode,
-        on_progress=on_progress,
+def _entry(one: FrozenCase, *, listed: Frozen, asked: Asked, secret: bytes) -> _Entry:
+    texts = dict(zip(listed.values, one.case.values, strict=True))
+    return _Entry(
+        patient=split.pseudonym(one.case.patient, secret=secret),
+        key=split.pseudonym(f"case:{one.content}:{one.case.image}", secret=secret).hex()[:32],
+        target=_target(one.case, asked),
+        values=clinical.features(texts, asked.clinical),
+        source=one,
     )
 
 
-def _parts(site: Site, used: Sequence[_Entry], *, images: np.ndarray) -> dict[str, Part]:
-    """Cuts the store into parts. Patients ordered by pseudonym are ordered by part as well."""
+def _target(case: Case, asked: Asked) -> int | list[int]:
+    """Returns the index of the case's class, or 0 or 1 for each class; 0 where a mask says it."""
+    if asked.target == "mask":
+        if not case.mask:
+            raise UnusableCase("missing_mask")
+        return 0
+    if case.labels is None:
+        raise UnusableCase("missing_label")
+    if not set(case.labels) <= set(asked.classes):
+        raise UnusableCase("unknown_label")
+    if asked.target == "labels":
+        return [int(name in case.labels) for name in asked.classes]
+    return asked.classes.index(case.labels[0])
+
+
+def _open_store(
+    site: Site, entries: Sequence[_Entry], *, listed: Frozen, asked: Asked, on_progress: Progress | None
+) -> cache.Store:
+    dtype = preprocessing.record_type(asked)
+
+    def decode(position: int) -> np.ndarray:
+        entry = entries[position]
+        try:
+            return _record(site, entry, inputs=listed.inputs, asked=asked)
+        except UnusableCase:
+            raise
+        except Exception as error:
+            name = entry.key[:12]
+            logger.error("case %s could not be read: %s", name, type(error).__name__)
+            error.add_note(f"case {name} is {entry.source.case.image}")
+            raise
+
+    # The record depends on the classes only where a mask holds their numbers.
+    depends = [asked.preprocessing.model_dump(mode="json"), preprocessing.software(), repr(dtype)]
+    name = canonical_json([*depends, len(asked.classes) if asked.target == "mask" else 0])
+    store = files.private_directory(site.cache) / hashlib.sha256(name.encode()).hexdigest()[:32]
+    room.make(
+        site.cache,
+        wanted=store,
+        needed_bytes=len(entries) * dtype.itemsize,
+        most_gigabytes=site.settings.max_cache_gigabytes,
+    )
+    opened = cache.open_store(
+        store, keys=[entry.key for entry in entries], dtype=dtype, decode=decode, on_progress=on_progress
+    )
+    room.note_use(store)
+    return opened
+
+
+def _record(site: Site, entry: _Entry, *, inputs: Sequence[str], asked: Asked) -> np.ndarray:
+    """Returns a case as the cache keeps it; ``inputs`` names the images of the list's cases."""
+    from client import images  # its decoders take long to import, and a warm start does without
+
+    loaded = content.load(entry.source.case, directory=site.directory)
+    _check_content(loaded.digest, entry.source)
+    by_input = dict(zip(inputs, loaded.images, strict=True))
+    mask = loaded.mask if asked.target == "mask" else None
+    return preprocessing.apply(
+        [images.decode(*by_input[name]) for name in asked.preprocessing.inputs],
+        asked,
+        mask=None if mask is None else images.decode_mask(mask),
+    )
+
+
+def _cuts(site: Site, used: Sequence[_Entry]) -> dict[str, slice]:
+    """Returns where each part lies. Patients ordered by pseudonym are ordered by part as well."""
     fractions = site.settings.split
     sizes = Counter(split.part_of(entry.patient, split=fractions) for entry in used)
-    parts, start = {}, 0
+    cuts, start = {}, 0
     for name in PARTS:
-        end = start + sizes[name]
-        parts[name] = _part(used[start:end], images=images[start:end])
-        start = end
-    return parts
+        cuts[name] = slice(start, start + sizes[name])
+        start += sizes[name]
+    return cuts
 
 
-def _part(used: Sequence[_Entry], *, images: np.ndarray) -> Part:
-    labels = np.array([entry.label for entry in used], dtype=np.int64)
-    labels.flags.writeable = False
+def _part(used: Sequence[_Entry], *, records: np.ndarray, asked: Asked) -> Part:
     groups = itertools.groupby(range(len(used)), key=lambda position: used[position].patient)
-    patients = tuple(np.array(list(positions), dtype=np.int64) for _, positions in groups)
-    return Part(images=images, labels=labels, patients=patients)
+    return Part(
+        images=records["image"],
+        targets=records["mask"] if asked.target == "mask" else _targets(used, asked),
+        values=clinical.array([entry.values for entry in used], num_features=asked.num_features),
+        patients=tuple(np.array(list(positions), dtype=np.int64) for _, positions in groups),
+    )
+
+
+def _targets(used: Sequence[_Entry], asked: Asked) -> np.ndarray:
+    several = asked.target == "labels"
+    targets = np.array([entry.target for entry in used], dtype=np.uint8 if several else np.int64)
+    targets = targets.reshape(len(used), len(asked.classes)) if several else targets
+    targets.flags.writeable = False
+    return targets

@@ -1,8 +1,8 @@
-"""Decompresses DICOM pixels in a process of its own.
+"""Decompresses the pixels of DICOM and TIFF in a process of its own.
 
-The C and C++ libraries behind JPEG, JPEG-LS and JPEG 2000 crash, hang or ask for any amount of memory on
-damaged files; that must cost one case and not the run. The process is started with the first compressed
-file and ends with the process that started it. It never sees more than one file at a time.
+The C and C++ libraries behind JPEG, JPEG-LS, JPEG 2000 and TIFF crash, hang or ask for any amount of
+memory on damaged files; that must cost one case and not the run. The process is started with the first
+compressed file and ends with the process that started it. It never sees more than one file at a time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
@@ -24,7 +25,8 @@ from common.errors import UnusableCase
 TIMEOUT_SECONDS = 120.0  # the largest images take a few seconds; this is for those that never end
 PATIENCE_SECONDS = 5.0  # for a child whose connection was closed
 MEMORY_BYTES = 2**33  # address space: libraries, and some copies of the largest image
-COMPLAINT = b"Corrupt JPEG data"  # libjpeg says so on stderr, and then returns noise
+COMPLAINTS = (b"Corrupt JPEG data", b"Premature end", b"TIFF", b"LZW", b"tempfile.tif")
+"""What libjpeg and libtiff say on stderr before they return noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +40,27 @@ _children: list[_Child] = []  # the one that is warm, if any
 
 
 def stored_pixels(content: bytes) -> np.ndarray:
-    """Returns the stored values of a DICOM file of one frame, as ``images`` does for uncompressed ones.
+    """Returns the stored values of a DICOM or TIFF file, as ``dicom.stored_pixels`` and ``raster.pixels``.
 
     Raises:
         UnusableCase: no library decodes it, or the decoder crashed (``unreadable``) or did not end
             (``too_slow``).
         MemoryError: the decoder was killed, as the kernel does when memory runs out.
     """
+    pixels: np.ndarray = np.load(io.BytesIO(_answer_to(content)), allow_pickle=False)
+    return pixels
+
+
+def check_jpeg(content: bytes) -> None:
+    """Has a JPEG picture decoded by a library that says when it meets damage; Pillow's keeps silent.
+
+    Raises:
+        UnusableCase, MemoryError: as ``stored_pixels``.
+    """
+    _answer_to(content)
+
+
+def _answer_to(content: bytes) -> bytes:
     child = _warm()
     try:
         child.connection.send_bytes(content)
@@ -59,8 +75,7 @@ def stored_pixels(content: bytes) -> np.ndarray:
         _stop(child)
         raise
     if reply[:1] == b"P":
-        pixels: np.ndarray = np.load(io.BytesIO(reply[1:]), allow_pickle=False)
-        return pixels
+        return reply[1:]
     code, _, text = reply[1:].decode().partition("\n")
     raise UnusableCase(code, text)
 
@@ -95,6 +110,9 @@ def serve(connection: Connection) -> None:
     """Answers one file after the other until the parent is gone; the child's whole life."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold the image
+    from client import codecs  # heavy, and of use in this process only
+
+    codecs.register()
     complaints = os.memfd_create("stderr")
     os.dup2(complaints, 2)
     while True:
@@ -104,24 +122,41 @@ def serve(connection: Connection) -> None:
             return
         reply = _answer(content)
         size = os.fstat(complaints).st_size
-        if COMPLAINT in os.pread(complaints, size, 0):
-            reply = b"Eunreadable\nExpected sound JPEG data, found damage."
+        heard = os.pread(complaints, size, 0)
+        if any(complaint in heard for complaint in COMPLAINTS):
+            reply = b"Eunreadable\nExpected sound data, found damage."
         os.ftruncate(complaints, 0)
         os.lseek(complaints, 0, os.SEEK_SET)
         connection.send_bytes(reply)
 
 
 def _answer(content: bytes) -> bytes:
-    from client import images  # which imports this module
+    from client import codecs, dicom, raster  # dicom imports this module
 
     try:
+        if content.startswith(raster.JPEG_MAGIC):
+            codecs.heard_of(content, **raster.stated(content))
+            return b"P"
         stream = io.BytesIO()
-        np.save(stream, images.stored_pixels(images.parsed(content)), allow_pickle=False)
+        np.save(stream, _pixels(content), allow_pickle=False)
         return b"P" + stream.getvalue()
     except MemoryError:
         return b"Etoo_large\nExpected an image that fits into the decoder's memory."
+    except UnusableCase as error:
+        return f"E{error.code}\n{error}".encode()
     except Exception as error:  # the libraries raise anything on damaged bytes
-        return f"E{images.code_of(error)}\n{error}".encode()
+        return f"E{dicom.code_of(error)}\nThe decoder ended with {type(error).__name__}.".encode()
+
+
+def _pixels(content: bytes) -> np.ndarray:
+    from client import dicom, raster
+
+    if not dicom.is_dicom(content):
+        return raster.pixels(content)
+    with warnings.catch_warnings():
+        # Sound run-length data ends with its last value.
+        warnings.filterwarnings("error", "The decoded RLE segment contains non-conformant padding")
+        return dicom.stored_pixels(dicom.parsed(content))
 
 
 if __name__ == "__main__":

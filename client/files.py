@@ -46,6 +46,18 @@ def load(path: Path) -> bytes:
         raise _unusable(error) from None
 
 
+def listed(directory: Path) -> list[Path]:
+    """Returns what is in a directory.
+
+    Raises:
+        UnusableCase: ``missing_file`` or ``not_readable``.
+    """
+    try:
+        return list(directory.iterdir())
+    except OSError as error:
+        raise _unusable(error) from None
+
+
 def _unusable(error: OSError) -> Exception:
     if error.errno in EXHAUSTED:
         return error
@@ -70,3 +82,12 @@ def write_private(path: Path, *, content: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def sync(directory: Path) -> None:
+    """Makes the names in a directory durable: what was made, replaced or removed there stays so."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+
 import httpx
 
-from client import coordinator, table
+from client import content, coordinator, frozen
+from client.case import Case
 from client.check import Line
 from client.release import open_ledger
 from client.site import Site
-from client.table import Case
 from client.work import planned_spends
 from common import keys
+from common.asked import Asked, Preprocessing
 from common.config import compose_plan
-from common.errors import Refusal, UserError
-from common.plan import Plan, Preprocessing
+from common.errors import Refusal, UnusableCase, UserError
+from common.plan import Plan
 
 TIMEOUT_SECONDS = 10.0
+FIRST = 32  # cases that are looked at where no plan says what they are
+MOST_NUMBERS = 64  # in a mask; more is a picture
 REFUSED = 403
 """What the gateway says to whoever asks for anything but its nine paths: so it is the gateway."""
 
@@ -69,16 +74,50 @@ def connection_line(site: Site) -> Line:
     return Line(name=name, text=f"{invitation.address} is reached over TLS")
 
 
-def usual_preprocessing() -> Preprocessing:
-    """Returns the preprocessing of ``conf/``, for a check before any plan is known."""
-    return compose_plan(["plan.classes=[a,b]", "plan.sites=1", "plan.quorum=1"]).preprocessing
+def usual(site: Site) -> Asked:
+    """Returns what the plan of ``conf/`` would ask of the site's cases, before any plan is known.
 
-
-def labels(site: Site) -> tuple[str, ...]:
-    """Returns the labels that stand in the case table, sorted.
+    Slices or volumes, as the first case is that can be read. Where only a plan names the classes of masks,
+    they are those of the first cases, by their numbers.
 
     Raises:
-        DataError: the case table cannot be used.
+        DataError: the listing cannot be used.
     """
-    rows = table.rows(site.table, patient_is=site.settings.patient_is)
-    return tuple(sorted({row.label for row in rows if isinstance(row, Case)}))
+    listed = site.settings.cases
+    asked = compose_plan(["plan.classes=[a,b]", "plan.sites=1", "plan.quorum=1"]).preprocessing
+    shape, num_numbers = _first(site)
+    wanted = {"inputs": listed.inputs, "size": (asked.size[0],) * (len(shape) or len(asked.size))}
+    masks = listed.targets == ("mask",)
+    named = tuple(str(number) for number in range(num_numbers)) if masks else _labels(site)
+    return Asked(
+        target=listed.targets[0],
+        classes=named if len(named) > 1 else (*named, "another class", "a third")[:2],
+        clinical=(),
+        preprocessing=Preprocessing.model_validate(asked.model_dump() | wanted),
+    )
+
+
+def _first(site: Site) -> tuple[tuple[int, ...], int]:
+    """Returns the spatial shape of the first readable image, () if there is none, and one more than the
+    largest number in the masks of the first cases."""
+    from client import images  # its decoders take long to import
+
+    shape: tuple[int, ...] = ()
+    largest = 0
+    cases = (row for row in frozen.listed_rows(site) if isinstance(row, Case))
+    for case in itertools.islice(cases, FIRST):
+        try:
+            loaded = content.load(case, directory=site.directory)
+            shape = shape or images.decode(*loaded.images[0]).array.shape[1:]
+            if loaded.mask is not None:
+                largest = max(largest, int(images.decode(loaded.mask).array.max()))
+        except UnusableCase:
+            continue
+        if shape and not case.mask:
+            break
+    return shape, min(largest, MOST_NUMBERS - 1) + 1
+
+
+def _labels(site: Site) -> tuple[str, ...]:
+    rows = frozen.listed_rows(site)
+    return tuple(sorted({name for row in rows if isinstance(row, Case) for name in row.labels or ()}))

@@ -21,8 +21,8 @@ from common import chain
 from common.chain import Head
 from common.errors import Refusal
 from common.keys import PrivateKey
-from common.plan import canonical_json
 from common.privacy import Epsilon, Spend, epsilon, merged, worst_epsilon
+from common.value import canonical_json
 
 Histories = Mapping[str, tuple[Spend, ...]]
 """By part, all that was released about it."""

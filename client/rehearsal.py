@@ -105,7 +105,7 @@ def fields(message: str, record: RecordDict) -> Iterator[Field]:
 
 def _on_a_copy(site: Site, place: Path) -> Site:
     settings = site.settings.model_copy(update={"approve": "all"})
-    copy = replace(site, state=place / "state", settings=settings)
+    copy = replace(site, state=place / "state", runs=place / "runs", settings=settings)
     copy.state.mkdir()
     for path in (release.head_path, release.ledger_path):  # in this order: the head is never ahead
         if path(site).exists():

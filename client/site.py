@@ -11,10 +11,12 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from client.case import PatientIs
+from client.listing import Listing
+from client.pacs_settings import Pacs
+from client.rules import Fraction, Rules
 from common.errors import ConfigError, DataError
-from common.plan import Value, first_problem
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
+from common.value import Positive, Value, first_problem
 
 
 class Split(Value):
@@ -51,8 +53,11 @@ class SiteSettings(Value):
     role: Literal["training", "evaluation"]
     data: Literal["private", "public"]
     nominal_patients: Annotated[int, Field(ge=1, le=10_000_000)]
-    patient_is: Literal["column", "case"]
+    cases: Listing
+    pacs: Pacs | None
+    patient_is: PatientIs
     split: Split
+    rules: Rules
     max_epsilon: Annotated[float, Field(ge=0, le=1e6)]
     delta: Annotated[float, Field(gt=0, lt=0.1)]
     study_budgets: tuple[StudyBudget, ...]
@@ -61,6 +66,7 @@ class SiteSettings(Value):
     approve: Literal["all", "none"]
     max_repeats: Annotated[int, Field(ge=0, le=100)]
     threads: Annotated[int, Field(ge=1, le=256)]
+    max_cache_gigabytes: Positive
 
     @model_validator(mode="after")
     def _a_study_has_one_budget(self) -> Self:
@@ -78,20 +84,17 @@ class SiteSettings(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One hospital: a directory and its settings. ``state`` holds ledger, replies, models and events."""
+    """One hospital: a directory and its settings. ``state`` holds ledger, replies, models and events,
+    ``runs`` for each run the cases that it used."""
 
     directory: Path
     settings: SiteSettings
     state: Path
+    runs: Path
 
     @property
     def name(self) -> str:
         return self.settings.name
-
-    @property
-    def table(self) -> Path:
-        """The case table ``cases.csv``."""
-        return self.directory / "cases.csv"
 
     @property
     def private(self) -> Path:
@@ -125,7 +128,12 @@ def open_site(directory: Path) -> Site:
             f"Expected a site directory with site.yaml, found none at {directory}; "
             "make one with feverfew-client init."
         )
-    return Site(directory=directory, settings=read_settings(path), state=directory / "state")
+    return Site(
+        directory=directory,
+        settings=read_settings(path),
+        state=directory / "state",
+        runs=directory / "private" / "runs",
+    )
 
 
 def read_settings(path: Path) -> SiteSettings:

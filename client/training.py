@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 from torch.optim.sgd import sgd
 
+from client import segmentation
 from client.augmentation import UNCHANGED, Augmenter, augmenter_of
 from client.cohort import Part
 from client.noise import Key
@@ -37,14 +38,21 @@ Cases = np.ndarray[Any, np.dtype[Any]]
 class Batch:
     """The cases of the sampled patients of one step, grouped by patient; a copy of a case is a case here.
 
-    images: float32, (cases, channels, *size), in [0, 1]. targets: int64, (cases,).
+    images: float32, (cases, channels, *size), in [0, 1]. values: float32, (cases, features); clinical values.
+    targets: (cases, ...), as those of ``cohort.Part``.
     owners: int64, (cases,), index of the patient within the batch, ascending. num_patients: int.
     """
 
     images: torch.Tensor
+    values: torch.Tensor
     targets: torch.Tensor
     owners: torch.Tensor
     num_patients: int
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor, ...]:
+        """What the network takes."""
+        return network_inputs(self.images, self.values)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +142,7 @@ def train_by_plan(
         choosing=key.stream("cases"),
     )
     gradient = gradient_of(network, plan=plan, mechanism=mechanism, noise=key.stream("noise"))
-    augmenter = augmenter_of(plan.training.augmentation, stream=key.stream("augmentation"))
+    augmenter = augmenter_of(plan.training.augmentation, key=key)
     return train(
         network,
         part,
@@ -187,21 +195,40 @@ def batches(
 def _batch(part: Part, group: list[Cases], augmenter: Augmenter) -> Batch:
     cases = np.concatenate(group)
     owners = np.repeat(np.arange(len(group)), [len(own) for own in group])
+    images, targets = augmenter(to_input(part.images[cases]), torch.from_numpy(part.targets[cases]))
     return Batch(
-        images=augmenter(to_input(part.images[cases])),
-        targets=torch.from_numpy(np.repeat(part.labels[cases], augmenter.copies)),
+        images=images,
+        values=torch.from_numpy(np.repeat(part.values[cases], augmenter.copies, axis=0)),
+        targets=targets,
         owners=torch.from_numpy(np.repeat(owners, augmenter.copies)),
         num_patients=len(group),
     )
 
 
-def to_input(images: np.ndarray[Any, np.dtype[np.uint8]]) -> torch.Tensor:
-    """Returns uint8 cases as the network's input: float32 in [0, 1]."""
-    return torch.from_numpy(images.astype(np.float32) / np.float32(255))
+def to_input(images: np.ndarray[Any, np.dtype[Any]]) -> torch.Tensor:
+    """Returns uint8 or float16 cases as the network's input: float32 in [0, 1]."""
+    values = images.astype(np.float32)
+    return torch.from_numpy(values / np.float32(255) if images.dtype == np.uint8 else values)
+
+
+def network_inputs(images: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Returns what a network takes: the images, and the clinical values where the plan asks for some."""
+    return (images, values) if values.shape[1] else (images,)
 
 
 def case_losses(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Returns the cross-entropy of each case: float32, (cases,); sigmoid for one output, else softmax."""
+    """Returns the cross-entropy of each case: float32, (cases,).
+
+    Sigmoid for one output; for several labels the mean over their sigmoids; else softmax. Masks: see
+    ``segmentation.case_losses``.
+    """
+    if outputs.dim() > 2:
+        return segmentation.case_losses(outputs, targets)
+    if targets.dim() == 2:
+        by_label = functional.binary_cross_entropy_with_logits(
+            outputs, targets.to(outputs.dtype), reduction="none"
+        )
+        return by_label.mean(dim=1)
     if outputs.shape[1] == 1:
         return functional.binary_cross_entropy_with_logits(
             outputs[:, 0], targets.to(outputs.dtype), reduction="none"
@@ -279,7 +306,7 @@ class PlainGradient:
         self._expected_batch = expected_batch
 
     def accumulate(self, batch: Batch) -> float:
-        losses = patient_means(case_losses(self._network(batch.images), batch.targets), batch)
+        losses = patient_means(case_losses(self._network(*batch.inputs), batch.targets), batch)
         (losses.sum() / self._expected_batch).backward()  # type: ignore[no-untyped-call]
         return float(losses.detach().double().sum())
 

@@ -14,18 +14,19 @@ from pathlib import Path
 from safetensors.numpy import save
 from torch import nn
 
-from client import approval, evaluation, release, replies, training
+from client import approval, evaluation, quarantine, release, replies, training, usage, withdrawal
 from client.cohort import Cohort, Part, open_cohort
 from client.files import private_directory
 from client.noise import Key, secure_key, seeded_key
 from client.replies import Reply
 from client.site import Site
 from common import model
+from common.asked import Asked
 from common.calibration import Mechanism, mechanism, run_spends
 from common.errors import LedgerError, PrivacyTargetError, Refusal
 from common.exchange import Prepared, Scored, Task, Update
-from common.metrics import Scores
-from common.plan import NoPrivacy, Plan, Preprocessing
+from common.measure import Exact
+from common.plan import NoPrivacy, Plan
 from common.privacy import Spend
 from common.trail import Trail
 
@@ -73,9 +74,11 @@ def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
         raise Refusal("evaluation_only")
     approval.require(site, plan)
     chosen = _mechanism(site, plan)
-    part = _cohort(site, plan).parts["train"]
+    cohort = _cohort(site, plan)
+    part = cohort.parts["train"]
 
     def work() -> Reply:
+        _note_use(site, task.run, plan.hash, "train", cohort)
         model.load(network, task.parameters)
         key = _key(site, plan, task)
         with _progress(site, plan, task) as on_step:
@@ -107,25 +110,26 @@ def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Score
     if task.part not in ("validation", "test") or task.part not in site.settings.split.parts:
         raise Refusal("no_such_part")
     approval.require(site, plan)
-    part = _cohort(site, plan).parts[task.part]
+    cohort = _cohort(site, plan)
+    part = cohort.parts[task.part]
     is_exact = sends_exact_scores(plan, data=site.settings.data)
     chosen = _mechanism(site, plan)
-    num_classes = len(plan.classes)
 
     def work() -> Reply:
+        _note_use(site, task.run, plan.hash, task.part, cohort)
         model.load(network, task.parameters)
-        exact = evaluation.scores(network, part, num_classes=num_classes)
+        exact = evaluation.exact(network, part, asked=plan.asked)
         _keep_scores(site, task, exact)
         if is_exact:
             return Reply(arrays=exact.arrays, fields={})
-        histogram = evaluation.noised_histogram(
+        noised = evaluation.noised(
             exact,
+            asked=plan.asked,
             bins=plan.evaluation.bins,
-            num_classes=num_classes,
             noise_multiplier=chosen.evaluation_noise_multiplier[task.part],
             noise=_key(site, plan, task).stream(f"evaluation/{task.part}"),
         )
-        return Reply(arrays={"histogram": histogram.counts}, fields={})
+        return Reply(arrays=noised.arrays, fields={})
 
     spend = None if is_exact else chosen.evaluation(task.part)
     _require_shape(network, task)
@@ -201,17 +205,28 @@ def _weight(site: Site, plan: Plan, part: Part) -> float:
 
 
 def _cohort(site: Site, plan: Plan) -> Cohort:
+    """Returns the cohort as it is now: a new freeze and a withdrawal hold from the next task on."""
     frozen = site.private / "cohort.json"
     stamp = frozen.stat().st_mtime_ns if frozen.exists() else 0
-    return _opened(site, plan.preprocessing, plan.classes, stamp)
+    return _opened(site, plan.asked, stamp, withdrawal.stamp(site))
 
 
 @lru_cache(maxsize=64)
-def _opened(site: Site, preprocessing: Preprocessing, classes: tuple[str, ...], stamp: int) -> Cohort:
-    return open_cohort(site, preprocessing=preprocessing, classes=classes)
+def _opened(site: Site, asked: Asked, frozen: int, withdrawn: withdrawal.Stamp) -> Cohort:
+    cohort = open_cohort(site, asked=asked)
+    most = site.settings.rules.max_quarantined_fraction
+    quarantine.require_few(cohort.reasons, offered=cohort.offered, most=most)
+    return cohort
 
 
-def _keep_scores(site: Site, task: Task, exact: Scores) -> None:
+@lru_cache(maxsize=64)
+def _note_use(site: Site, run: str, plan_hash: str, part: str, cohort: Cohort) -> None:
+    """Writes down, once for a run, part and cohort, whose cases a task is about to use."""
+    cases = cohort.sources[part]
+    usage.record(site, run=run, plan_hash=plan_hash, part=part, cohort_version=cohort.version, cases=cases)
+
+
+def _keep_scores(site: Site, task: Task, exact: Exact) -> None:
     """Keeps the exact scores at the site, for its own report."""
     directory = site.state / "scores" / task.run
     directory.mkdir(parents=True, exist_ok=True)

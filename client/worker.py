@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from flwr.app import Context, Error, Message
 
+from client import log as log_lines
 from common import flower
 from common.errors import DeploymentError
 
@@ -48,7 +49,6 @@ CODES: Final = {
 DEFAULT_APP: Final = "client.app:app"
 PING: Final = b""
 KILL_SECONDS: Final = 5.0
-LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(message)s"
 
 
 def forkserver(*, preload: Sequence[str] = ()) -> BaseContext:
@@ -233,7 +233,8 @@ def _serve(connection: Connection, reference: str, threads: int, log: Path | Non
     threading.Thread(target=_die_with_parent, daemon=True).start()
     handler = logging.StreamHandler() if log is None else logging.handlers.WatchedFileHandler(log)
     # force: what the fork server has imported (Opacus) may have set up the log already
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, format=LOG_FORMAT, force=True)
+    handler.setFormatter(log_lines.Formatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("feverfew").setLevel(logging.INFO)
     os.environ["OMP_NUM_THREADS"] = str(threads)
     app = _load_or_none(reference)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from common import measure
 from common.errors import PrivacyTargetError
 from common.plan import DpSgd, Plan
 from common.privacy import WHOLE_ORDERS, Spend, epsilon, gaussian_delta, merged, rdp_bound
-from common.scores import l2_sensitivity
 
 _SMALLEST_NOISE_MULTIPLIER, _LARGEST_NOISE_MULTIPLIER = 1e-2, 1e4
 _SIGNIFICANT_DIGITS = 5
@@ -201,13 +201,13 @@ def _epsilon_of_training(plan: Plan, *, nominal_patients: int) -> float:
     return epsilon([spend], delta=plan.privacy.delta).value
 
 
-def histogram_noise_std(plan: Plan, *, nominal_patients: int, part: str) -> float:
-    """Returns the standard deviation of the noise in each count that a site releases about a part.
+def measure_noise_std(plan: Plan, *, nominal_patients: int, part: str) -> float:
+    """Returns the standard deviation of the noise in each number that a site releases about a part.
 
     Site and server compute it, each for itself: it follows from public values, so nobody is asked for it.
     """
     multipliers = evaluation_noise_multipliers(plan, nominal_patients=nominal_patients)
-    return multipliers[part] * l2_sensitivity(len(plan.classes))
+    return multipliers[part] * measure.l2_sensitivity(plan.asked)
 
 
 def run_spends(plan: Plan, *, nominal_patients: int, parts: Iterable[str]) -> dict[str, tuple[Spend, ...]]:

@@ -17,7 +17,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from common.keys import PrivateKey, PublicKey
-from common.plan import canonical_json
+from common.value import canonical_json
 
 GENESIS = "0" * 64
 _ALGORITHM = ec.ECDSA(hashes.SHA384())

@@ -22,6 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from common.chain import Head
 from common.errors import InvalidReply, Refusal
+from common.measure import ANY, ArrayKind
 from common.model import FlatArray
 
 PREPARE, TRAIN, EVALUATE, DELIVER = "query.prepare", "train", "evaluate", "query.deliver"
@@ -86,9 +87,8 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A site's evaluation. Either ``histogram`` (float64, (heads, 2, bins), noised as
-    ``common.calibration.histogram_noise_std`` says) or, without privacy or for public data, exact ``scores``,
-    ``targets`` and ``weights``."""
+    """A site's evaluation: the arrays that ``common.measure.arrays_of`` names, noised as
+    ``common.calibration.measure_noise_std`` says or, without privacy or for public data, exact."""
 
     server_round: int
     part: str
@@ -273,28 +273,27 @@ def scored_record(scored: Scored) -> RecordDict:
 
 
 def read_scored(
-    record: RecordDict, *, server_round: int, part: str, heads: int, bins: int, exact: bool
+    record: RecordDict, *, server_round: int, part: str, expected: Mapping[str, ArrayKind]
 ) -> Scored:
     """Unpacks and validates an evaluation reply.
 
     Raises:
         InvalidReply: code ``records``, ``server_round``, ``shape``, ``dtype`` or ``non_finite``.
     """
-    names = ("scores", "targets", "weights") if exact else ("histogram",)
-    arrays, metrics = _only(record, *names)
+    arrays, metrics = _only(record, *expected)
     if set(metrics) != {"server-round"}:
         raise InvalidReply("records")
     if metrics["server-round"] != server_round:
         raise InvalidReply("server_round")
-    if exact:
-        cases = arrays["weights"].shape[0] if len(arrays["weights"].shape) == 1 else -1
-        decoded = {
-            "scores": _decoded(arrays["scores"], shape=(cases, heads), dtype="float32"),
-            "targets": _decoded(arrays["targets"], shape=(cases, heads), dtype="int8"),
-            "weights": _decoded(arrays["weights"], shape=(cases,), dtype="float64"),
-        }
-    else:
-        decoded = {"histogram": _decoded(arrays["histogram"], shape=(heads, 2, bins), dtype="float64")}
+    length = next((arrays[name].shape[0] for name in expected if arrays[name].shape), ANY)
+    decoded = {
+        name: _decoded(
+            arrays[name],
+            shape=tuple(length if axis == ANY else axis for axis in kind.shape),
+            dtype=kind.dtype,
+        )
+        for name, kind in expected.items()
+    }
     return Scored(server_round=server_round, part=part, arrays=decoded)
 
 

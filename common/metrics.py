@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from common.intervals import interval
-from common.ranking import auroc, roc
+from common.ranking import auroc, auroc_by_class, roc
 from common.scores import (
     Histogram,
     Scores,
@@ -38,6 +38,7 @@ __all__ = [
     "accuracy",
     "accuracy_interval",
     "auroc",
+    "auroc_by_class",
     "calibration_error",
     "calibration_error_interval",
     "interval",
@@ -58,14 +59,19 @@ __all__ = [
 SMALLEST_PROB = float(np.finfo(np.float32).eps) / 2
 
 
-def log_loss(statistic: Statistic) -> float | None:
-    """Returns the mean cross-entropy in nats; ``None`` for a histogram, which does not know it."""
+def log_loss(statistic: Statistic, *, several_labels: bool = False) -> float | None:
+    """Returns the mean cross-entropy in nats; ``None`` for a histogram, which does not know it.
+
+    Args:
+        several_labels: a case may bear any number of labels; the loss is then the mean over labels.
+    """
     if isinstance(statistic, Histogram) or not statistic.weights.sum() > 0:
         return None
     probs = statistic.scores.astype(np.float64)
-    if statistic.num_heads == 1:
-        of_truth = np.where(statistic.targets[:, 0] == 1, probs[:, 0], 1 - probs[:, 0])
+    heads = slice(None, 1 if statistic.num_heads == 1 else -1)
+    if statistic.num_heads == 1 or several_labels:
+        of_truth = np.where(statistic.targets == 1, probs, 1 - probs)[:, heads]
     else:
-        of_truth = (probs * statistic.targets)[:, :-1].sum(axis=1)
-    losses = -np.log(np.maximum(of_truth, SMALLEST_PROB))
+        of_truth = (probs * statistic.targets)[:, heads].sum(axis=1, keepdims=True)
+    losses = -np.log(np.maximum(of_truth, SMALLEST_PROB)).mean(axis=1)
     return float(np.average(losses, weights=statistic.weights))

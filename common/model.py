@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
+from common import unet
 from common.errors import ConfigError
+from common.fusion import Fusion
 from common.plan import Cnn, Plan
+from common.unet import Unet
 
 FlatArray = np.ndarray[tuple[int], np.dtype[np.float32]]
 
@@ -19,8 +22,9 @@ FlatArray = np.ndarray[tuple[int], np.dtype[np.float32]]
 def build(plan: Plan) -> nn.Module:
     """Returns the plan's network, initialised from ``plan.seed``.
 
-    Input: float32, (batch, channels, height, width), values in [0, 1]. Output: float32,
-    (batch, ``plan.num_outputs``), logits. The network has no buffers, no BatchNorm, no dropout, no
+    Input: float32, (batch, channels, *size), values in [0, 1]; and, where the plan asks for clinical values,
+    float32, (batch, ``plan.num_features``). Output: float32, (batch, ``plan.num_outputs``), logits; for masks
+    (batch, ``plan.num_outputs``, *size). The network has no buffers, no BatchNorm, no dropout, no
     in-place operation: nothing mixes patients and nothing draws from torch's generators.
 
     Raises:
@@ -29,6 +33,8 @@ def build(plan: Plan) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         network = _BUILDERS[plan.model.name](plan)
+        if plan.clinical:
+            network = Fusion(network, num_features=plan.num_features)
         network = trainable_privately(network)
     _check_size(network, plan)
     return network
@@ -39,12 +45,19 @@ def _check_size(network: nn.Module, plan: Plan) -> None:
     asked = plan.preprocessing
     try:
         with torch.no_grad():
-            network(torch.zeros(1, asked.channels, *asked.size))
+            network(*blank_inputs(plan))
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"Expected images that model={plan.model.name} can take, found preprocessing.size="
             f"{list(asked.size)} ({str(error).splitlines()[0]}); choose a larger preprocessing.size."
         ) from None
+
+
+def blank_inputs(plan: Plan) -> tuple[torch.Tensor, ...]:
+    """Returns the network's inputs for one case that is black and says nothing."""
+    asked = plan.preprocessing
+    image = torch.zeros(1, asked.num_channels, *asked.size)
+    return (image, torch.zeros(1, plan.num_features)) if plan.clinical else (image,)
 
 
 def trainable_privately(network: nn.Module) -> nn.Module:
@@ -107,24 +120,41 @@ _CONTRAST_GAIN = 10.0  # zero-mean filters answer to differences of neighbours, 
 def _cnn(plan: Plan) -> nn.Module:
     asked = plan.model
     assert isinstance(asked, Cnn)
-    pool = nn.MaxPool2d if asked.pooling == "max" else nn.AvgPool2d
+    layer = _LAYERS[len(plan.preprocessing.size)]
+    pool = layer.max_pool if asked.pooling == "max" else layer.average_pool
     layers: list[nn.Module] = [_Centre()]
-    width_in: int = plan.preprocessing.channels
+    width_in: int = plan.preprocessing.num_channels
     for width, pool_size in zip(asked.channels, asked.pool_sizes, strict=True):
-        convolution = nn.Conv2d(width_in, width, kernel_size=3, padding=1)
+        convolution = layer.convolution(width_in, width, kernel_size=3, padding=1)
         if asked.first_block == "contrast" and len(layers) == 1:
             _begin_with_contrast(convolution)
             layers += [convolution, nn.ReLU(), pool(pool_size)]
         else:
             layers += [convolution, nn.GroupNorm(asked.groups, width), nn.ReLU(), pool(pool_size)]
         width_in = width
-    head = nn.Linear(width_in * asked.head_size**2, plan.num_outputs)
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(asked.head_size), nn.Flatten(), head)
+    head = nn.Linear(width_in * asked.head_size ** len(plan.preprocessing.size), plan.num_outputs)
+    return nn.Sequential(*layers, layer.adaptive_pool(asked.head_size), nn.Flatten(), head)
 
 
-def _begin_with_contrast(convolution: nn.Conv2d) -> None:
+class _Layers(NamedTuple):
+    """The layers of torch for so many spatial dimensions."""
+
+    convolution: type[nn.Conv2d | nn.Conv3d]
+    max_pool: type[nn.MaxPool2d | nn.MaxPool3d]
+    average_pool: type[nn.AvgPool2d | nn.AvgPool3d]
+    adaptive_pool: type[nn.AdaptiveAvgPool2d | nn.AdaptiveAvgPool3d]
+
+
+_LAYERS = {
+    2: _Layers(nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d),
+    3: _Layers(nn.Conv3d, nn.MaxPool3d, nn.AvgPool3d, nn.AdaptiveAvgPool3d),
+}
+
+
+def _begin_with_contrast(convolution: nn.Conv2d | nn.Conv3d) -> None:
     with torch.no_grad():
-        convolution.weight -= convolution.weight.mean(dim=(2, 3), keepdim=True)
+        spatial = tuple(range(2, convolution.weight.dim()))
+        convolution.weight -= convolution.weight.mean(dim=spatial, keepdim=True)
         convolution.weight *= _CONTRAST_GAIN
         if convolution.bias is not None:
             convolution.bias.zero_()
@@ -149,7 +179,9 @@ def _densenet121(plan: Plan) -> nn.Module:
     from monai.networks.nets import DenseNet121  # seconds to import, so only where needed
 
     network: nn.Module = DenseNet121(
-        spatial_dims=2, in_channels=plan.preprocessing.channels, out_channels=plan.num_outputs
+        spatial_dims=len(plan.preprocessing.size),
+        in_channels=plan.preprocessing.num_channels,
+        out_channels=plan.num_outputs,
     )
     return network
 
@@ -160,7 +192,8 @@ def _efficientnet_b0(plan: Plan) -> nn.Module:
     network: nn.Module = EfficientNetBN(
         "efficientnet-b0",
         pretrained=False,
-        in_channels=plan.preprocessing.channels,
+        spatial_dims=len(plan.preprocessing.size),
+        in_channels=plan.preprocessing.num_channels,
         num_classes=plan.num_outputs,
     )
     for module in network.modules():
@@ -169,11 +202,24 @@ def _efficientnet_b0(plan: Plan) -> nn.Module:
     return network
 
 
+def _unet(plan: Plan) -> nn.Module:
+    asked = plan.model
+    assert isinstance(asked, Unet)
+    network = unet.build(
+        asked,
+        spatial_dims=len(plan.preprocessing.size),
+        in_channels=plan.preprocessing.num_channels,
+        out_channels=plan.num_outputs,
+    )
+    return nn.Sequential(_Centre(), network)
+
+
 _BUILDERS: dict[str, Callable[[Plan], nn.Module]] = {
     "cnn": _cnn,
     "article_cnn": _article_cnn,
     "densenet121": _densenet121,
     "efficientnet_b0": _efficientnet_b0,
+    "unet": _unet,
 }
 
 

@@ -9,24 +9,14 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from common.asked import Asked
 from common.errors import ConfigError
+from common.unet import Unet
+from common.value import Name, NonNegative, Positive, Seconds, Value, canonical_json, first_problem
 
-SCHEMA_VERSION = 1
-
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, le=30 * 86400, allow_inf_nan=False)]
-Size = Annotated[int, Field(ge=8, le=1024)]
-Classes = Annotated[tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Field(min_length=2)]
-
-
-class Value(BaseModel):
-    """A frozen value that refuses unknown keys, wrong types and non-finite numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False, allow_inf_nan=False)
+SCHEMA_VERSION = 2
 
 
 class Cnn(Value):
@@ -72,49 +62,39 @@ class EfficientNetB0(Value):
     name: Literal["efficientnet_b0"]
 
 
-Model = Annotated[Cnn | ArticleCnn | DenseNet121 | EfficientNetB0, Field(discriminator="name")]
-
-
-class Preprocessing(Value):
-    """What is asked of a case: an array of ``(channels, *size)`` with values in [0, 1].
-
-    Intensities between ``lower`` and ``upper`` are scaled to [0, 1], others clipped. With ``percentile``
-    these are percentiles of the image itself (a case is judged by itself alone); with ``window`` they are
-    intensities, such as Hounsfield units or the range of a raster, and contrast is kept as it was.
-    """
-
-    channels: Literal[1, 3]
-    size: tuple[Size, Size]
-    scaling: Literal["percentile", "window"]
-    lower: Annotated[float, Field(allow_inf_nan=False)]
-    upper: Annotated[float, Field(allow_inf_nan=False)]
-
-    @model_validator(mode="after")
-    def _bounds_are_ordered(self) -> Self:
-        if self.lower >= self.upper:
-            raise ValueError(f"expected lower < upper, found {self.lower} and {self.upper}")
-        if self.scaling == "percentile" and not 0 <= self.lower < self.upper <= 100:
-            raise ValueError(f"expected percentiles in [0, 100], found {self.lower} and {self.upper}")
-        return self
+Model = Annotated[Cnn | ArticleCnn | DenseNet121 | EfficientNetB0 | Unet, Field(discriminator="name")]
 
 
 class Augmentation(Value):
     """Each case enters a step as so many random copies, whose gradients are averaged before the clip.
 
-    Shifts are fractions of the width and of the height, a zoom by z makes things up to 1 + z times as large
-    and up to 1 - z times as small, and a flip mirrors left and right in half of the copies.
+    Shifts are fractions of the length of each axis; a volume is turned about all three of its axes; a zoom
+    by z makes things up to 1 + z times as large and up to 1 - z times as small. Along each of ``flip_axes``
+    half of the copies are mirrored; 0 is the first axis of ``preprocessing.size``. Intensities are raised
+    to a power from 1 / ``max_gamma`` to ``max_gamma``, and get Gaussian noise of a standard deviation up to
+    ``max_noise_std``, of a range of 1.
     """
 
     copies: Annotated[int, Field(ge=1, le=64)]
     max_shift_fraction: Annotated[float, Field(ge=0, le=0.5)]
     max_rotation_degrees: Annotated[float, Field(ge=0, le=180)]
     max_zoom_fraction: Annotated[float, Field(ge=0, le=0.5)]
-    flip: bool
+    flip_axes: Annotated[tuple[Annotated[int, Field(ge=0, le=2)], ...], Field(max_length=3)]
+    max_gamma: Annotated[float, Field(ge=1, le=10)]
+    max_noise_std: Annotated[float, Field(ge=0, le=1)]
+
+    @property
+    def moves(self) -> bool:
+        """Whether pixels are moved."""
+        moved = self.max_shift_fraction or self.max_rotation_degrees or self.max_zoom_fraction
+        return bool(moved or self.flip_axes)
 
     @model_validator(mode="after")
     def _copies_differ(self) -> Self:
-        if not (self.max_shift_fraction or self.max_rotation_degrees or self.max_zoom_fraction or self.flip):
-            raise ValueError("expected a shift, rotation, zoom or flip, found none; set augmentation to null")
+        if not (self.moves or self.max_gamma > 1 or self.max_noise_std):
+            raise ValueError("expected copies that differ, found nothing random; set augmentation to null")
+        if list(self.flip_axes) != sorted(set(self.flip_axes)):
+            raise ValueError(f"expected flip_axes that increase, found {list(self.flip_axes)}")
         return self
 
 
@@ -194,12 +174,11 @@ class FedAvg(Value):
 Strategy = FedAvg
 
 
-class Plan(Value):
-    """Everything the coordinator decides for a run; the same at every site."""
+class Plan(Asked):
+    """Everything the coordinator decides for a run, and what it asks of a case; the same at every site."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     study: Name
-    classes: Classes
     randomness: Literal["secure", "seeded"]
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # torch drops what is above 32 bits
     rounds: Annotated[int, Field(ge=1, le=100_000)]
@@ -209,7 +188,6 @@ class Plan(Value):
     reply_deadline_seconds: Seconds
     grace_seconds: Seconds
     model: Model
-    preprocessing: Preprocessing
     training: Training
     privacy: Privacy
     evaluation: Evaluation
@@ -219,34 +197,60 @@ class Plan(Value):
     def _parts_fit_together(self) -> Self:
         if self.quorum > self.sites:
             raise ValueError(f"expected quorum <= sites, found {self.quorum} > {self.sites}")
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError(f"expected distinct classes, found {list(self.classes)}")
         if self.strategy.weights == "examples" and self.privacy.mechanism != "none":
             raise ValueError("strategy.weights=examples would release exact counts; use equal or nominal")
         if self.privacy.mechanism == "none" and self.evaluation.noise_multiplier is not None:
             raise ValueError("evaluation.noise_multiplier has no effect with privacy=none; set it to null")
         self._evaluation_has_effect()
+        self._augmentation_fits()
         if self.model.name == "article_cnn":
             self._article_cnn_fits()
+        self._model_fits_the_target()
         return self
+
+    def _model_fits_the_target(self) -> None:
+        if (self.target == "mask") != isinstance(self.model, Unet):
+            raise ValueError(
+                f"expected model=unet with target mask and with no other, found model={self.model.name} with "
+                f"target {self.target}"
+            )
+        if isinstance(self.model, Unet):
+            self._unet_fits(self.model)
+
+    def _unet_fits(self, unet: Unet) -> None:
+        if any(side % unet.divisor for side in self.preprocessing.size):
+            raise ValueError(
+                f"expected sides that model.strides={list(unet.strides)} divide (by {unet.divisor}), found "
+                f"preprocessing.size={list(self.preprocessing.size)}"
+            )
+        if self.clinical:
+            raise ValueError("plan.clinical is joined before a linear head, which model=unet has not")
 
     def _evaluation_has_effect(self) -> None:
         asked = self.evaluation
         if asked.noise_multiplier is not None and not self.validation_rounds and not asked.test_at_end:
             raise ValueError("evaluation.noise_multiplier has no effect where nothing is evaluated")
 
+    def _augmentation_fits(self) -> None:
+        asked, dimensions = self.training.augmentation, len(self.preprocessing.size)
+        if asked is not None and max(asked.flip_axes, default=0) >= dimensions:
+            raise ValueError(
+                f"expected flip_axes below {dimensions}, for so many axes has preprocessing.size, found "
+                f"{list(asked.flip_axes)}"
+            )
+
     def _article_cnn_fits(self) -> None:
-        if self.preprocessing.channels != 3 or self.preprocessing.size != (64, 64):
+        if self.preprocessing.num_channels != 3 or self.preprocessing.size != (64, 64):
             raise ValueError(
                 "model=article_cnn takes 64x64x3: set preprocessing.channels=3 preprocessing.size=[64,64]"
             )
-        if len(self.classes) != 2:
-            raise ValueError(f"model=article_cnn is for two classes, found {len(self.classes)}")
+        if self.num_outputs != 1:
+            raise ValueError(f"model=article_cnn is for one of two classes, found {len(self.classes)}")
 
     @property
-    def num_outputs(self) -> int:
-        """One logit for two classes (sigmoid), else one per class (softmax)."""
-        return 1 if len(self.classes) == 2 else len(self.classes)
+    def asked(self) -> Asked:
+        """What the plan asks of a case, without the rest: cohorts are opened by it."""
+        return Asked.model_validate({name: getattr(self, name) for name in Asked.model_fields})
 
     @property
     def validation_rounds(self) -> tuple[int, ...]:
@@ -292,26 +296,3 @@ class Plan(Value):
             return cls.model_validate(tree)
         except ValidationError as error:
             raise ConfigError(first_problem(error)) from None
-
-
-def canonical_json(tree: Any) -> str:
-    """Returns the one JSON text of a tree: sorted keys, no spaces, ASCII, no NaN.
-
-    >>> canonical_json({"b": 1.0, "a": [True, None]})
-    '{"a":[true,null],"b":1.0}'
-    """
-    return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def first_problem(error: ValidationError) -> str:
-    """Returns one line about the first thing that is wrong, with the key that is to blame."""
-    found = error.errors(include_url=False)
-    first = found[0]
-    where = ".".join(str(part) for part in first["loc"]) or "plan"
-    value = first.get("input")
-    shown = f", found {value!r}" if isinstance(value, (str, int, float, bool, type(None))) else ""
-    if first["type"] == "extra_forbidden":
-        return f"Unknown key '{where}'; see conf/ for the keys that exist."
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{where}: {message[:1].lower()}{message[1:]}{shown}{more}."

@@ -68,6 +68,11 @@ def auroc(statistic: Statistic) -> float | None:
     return _mean([head_auroc(statistic, head) for head in class_indices(statistic)])
 
 
+def auroc_by_class(statistic: Statistic) -> tuple[float | None, ...]:
+    """Returns the AUROC of each class against the rest, or of each label; see ``auroc``."""
+    return tuple(head_auroc(statistic, head) for head in class_indices(statistic))
+
+
 def roc(statistic: Statistic, *, num_points: int = 201) -> list[tuple[float, float]]:
     """Returns (false positive rate, true positive rate), ascending from (0, 0) to (1, 1).
 

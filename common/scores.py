@@ -6,7 +6,9 @@ addition or concatenation; ``common/metrics.py`` computes the metrics.
 
 *Heads.* A task of two classes has one head, P(class 1). A task of K > 2 classes has K one-versus-rest
 heads (score: softmax probability of class k) and one last head with the top-1 confidence, whose
-positives are the correct answers (accuracy and calibration come from there).
+positives are the correct answers (accuracy and calibration come from there). A task of K labels, of which
+a case may bear any, has a head for each label (score: sigmoid) and a last head with the product of the
+labels' confidences, whose positives are the cases of which every label is right.
 
 *Weights.* The cases of one patient weigh 1 together, so a patient with many images counts once and the
 statistic's sensitivity does not depend on the number of images.
@@ -61,6 +63,11 @@ class Histogram:
     @property
     def num_bins(self) -> int:
         return int(self.counts.shape[2])
+
+    @property
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """The array by name, as it is sent."""
+        return {"histogram": self.counts}
 
     def __add__(self, other: Histogram) -> Histogram:
         """Merges two histograms of equal shape.
@@ -138,28 +145,28 @@ class Scores:
 Statistic = Histogram | Scores
 
 
-def num_heads(num_classes: int) -> int:
-    """Returns the number of heads of a task.
+def num_heads(num_outputs: int) -> int:
+    """Returns the number of heads of a model with so many outputs (``Asked.num_outputs``).
 
-    >>> num_heads(2), num_heads(9)
+    >>> num_heads(1), num_heads(9)
     (1, 10)
     """
-    if num_classes < 2:
-        raise ValueError(f"expected at least 2 classes, found {num_classes}")
-    return 1 if num_classes == 2 else num_classes + 1
+    if num_outputs < 1:
+        raise ValueError(f"expected at least 1 output, found {num_outputs}")
+    return 1 if num_outputs == 1 else num_outputs + 1
 
 
-def l2_sensitivity(num_classes: int) -> float:
+def l2_sensitivity(num_outputs: int) -> float:
     """Bounds how far one patient can move a ``Histogram``'s counts, in Euclidean norm.
 
     **Guarantee.** Unit: the patient, added to or removed from the data; assumed: the weights of the
     patient's cases are not negative and sum to at most 1 (``patient_weights``). In each head these
     weights are spread over the cells, so a head moves by at most 1, and all of them by sqrt(heads).
 
-    >>> l2_sensitivity(2)
+    >>> l2_sensitivity(1)
     1.0
     """
-    return math.sqrt(num_heads(num_classes))
+    return math.sqrt(num_heads(num_outputs))
 
 
 def patient_weights(patients: Sequence[npt.NDArray[np.int64]], *, num_cases: int) -> Floats:
@@ -174,33 +181,35 @@ def patient_weights(patients: Sequence[npt.NDArray[np.int64]], *, num_cases: int
     return weights
 
 
-def score_statistics(
-    logits: npt.ArrayLike, *, labels: npt.ArrayLike, weights: npt.ArrayLike, num_classes: int
-) -> Scores:
+def score_statistics(logits: npt.ArrayLike, *, targets: npt.ArrayLike, weights: npt.ArrayLike) -> Scores:
     """Turns a model's outputs into scores by head.
 
     A NaN logit scores as if the model knew nothing: an exception would itself be a release, and the
     metrics show such a model for what it is.
 
     Args:
-        logits: (cases, 1) for two classes (sigmoid), (cases, num_classes) for more (softmax).
-        labels: (cases,) index into the plan's classes.
+        logits: (cases, 1) for two classes (sigmoid), (cases, num_classes) for more (softmax), or for several
+            labels (sigmoid each).
+        targets: (cases,) index into the plan's classes, or (cases, labels) of 0 and 1.
         weights: (cases,) see ``patient_weights``.
 
     Raises:
-        ValueError: shapes that do not fit the number of classes, or a label out of range.
+        ValueError: shapes that do not fit each other, or a target out of range.
     """
     outputs = np.nan_to_num(np.asarray(logits, dtype=np.float64), nan=0.0, posinf=1e6, neginf=-1e6)
-    truth = np.asarray(labels, dtype=np.int64)
-    num_outputs = 1 if num_heads(num_classes) == 1 else num_classes
-    if truth.ndim != 1 or outputs.shape != (truth.size, num_outputs):
-        raise ValueError(f"expected logits of shape ({truth.size}, {num_outputs}), found {outputs.shape}")
-    if truth.size and (truth.min() < 0 or truth.max() >= num_classes):
-        raise ValueError(f"expected labels in [0, {num_classes}), found {truth.min()} to {truth.max()}")
-    scores, targets = _binary_heads(outputs, truth) if num_outputs == 1 else _class_heads(outputs, truth)
+    truth = np.asarray(targets, dtype=np.int64)
+    if outputs.ndim != 2 or truth.shape not in ((len(outputs),), outputs.shape):
+        raise ValueError(f"expected logits and targets that fit, found {outputs.shape}, {truth.shape}")
+    limit = 2 if truth.ndim == 2 or outputs.shape[1] == 1 else outputs.shape[1]
+    if truth.size and (truth.min() < 0 or truth.max() >= limit):
+        raise ValueError(f"expected targets in [0, {limit}), found {truth.min()} to {truth.max()}")
+    if truth.ndim == 2:
+        scores, heads = _label_heads(outputs, truth)
+    else:
+        scores, heads = (_binary_heads if outputs.shape[1] == 1 else _class_heads)(outputs, truth)
     return Scores(
         scores=scores.astype(np.float32),
-        targets=targets.astype(np.int8),
+        targets=heads.astype(np.int8),
         weights=np.asarray(weights, dtype=float),
     )
 
@@ -237,6 +246,13 @@ def levels(statistic: Statistic, head: int) -> Floats:
 def _binary_heads(logits: Floats, truth: npt.NDArray[np.int64]) -> tuple[Floats, npt.NDArray[Any]]:
     # tanh, since exp overflows for the large logits of a model that has diverged
     return 0.5 * (1 + np.tanh(logits / 2)), truth[:, None]
+
+
+def _label_heads(logits: Floats, truth: npt.NDArray[np.int64]) -> tuple[Floats, npt.NDArray[Any]]:
+    probs = 0.5 * (1 + np.tanh(logits / 2))
+    confidence = np.maximum(probs, 1 - probs).prod(axis=1, keepdims=True)
+    correct = ((probs >= 0.5) == truth).all(axis=1, keepdims=True)
+    return np.concatenate([probs, confidence], axis=1), np.concatenate([truth, correct], axis=1)
 
 
 def _class_heads(logits: Floats, truth: npt.NDArray[np.int64]) -> tuple[Floats, npt.NDArray[Any]]:

@@ -18,6 +18,7 @@ from common.errors import StateError
 from common.exchange import Prepared
 from common.model import FlatArray
 
+INTERVALS = ("auroc_interval", "dice_interval")
 _KEPT = 2  # if the newest is damaged, the one before still is there
 
 
@@ -32,6 +33,8 @@ class RoundRecord:
     train_loss: float | None
     auroc: float | None = None
     auroc_interval: tuple[float, float] | None = None
+    dice: float | None = None
+    dice_interval: tuple[float, float] | None = None
     accuracy: float | None = None
 
 
@@ -124,7 +127,7 @@ def _load(path: Path) -> RunState | None:
             return None
         parameters: FlatArray = load_file(path / "parameters.safetensors")["parameters"]
         tree["rounds"] = tuple(
-            RoundRecord(**{**entry, "auroc_interval": _pair(entry["auroc_interval"])})
+            RoundRecord(**{**entry, **{name: _pair(entry[name]) for name in INTERVALS}})
             for entry in tree["rounds"]
         )
         tree["sites"] = {

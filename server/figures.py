@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 if TYPE_CHECKING:
+    from common.measure import Headline
     from server.report import Report, Round
 
 BLUE, ORANGE, GREY, LIGHT, RED = "#1f5a8c", "#b85c00", "#6b7280", "#c9dbea", "#b3261e"
@@ -60,23 +61,32 @@ def loss_curve(report: Report) -> Markup | None:
     return drawn[0]
 
 
-def auroc_curve(report: Report) -> Markup | None:
-    """Validation AUROC by round, with its interval where there is one."""
-    known = [entry for entry in report.rounds if entry.auroc is not None]
+def headline_curve(report: Report) -> Markup | None:
+    """Validation AUROC or Dice by round, with its interval where there is one."""
+    headline = report.headline
+    key, name = headline.key, headline.name
+    known = [entry for entry in report.rounds if getattr(entry, key) is not None]
     if not known:
         return None
-    values = [entry.auroc for entry in known if entry.auroc is not None]
-    with _axes("auroc", "Validation AUROC by round", _span("AUROC", values)) as (axes, drawn):
-        bounded = [(entry.round, *entry.auroc_interval) for entry in known if entry.auroc_interval]
+    values = [getattr(entry, key) for entry in known]
+    with _axes("headline", f"Validation {name} by round", _span(name, values)) as (axes, drawn):
+        intervals = [(entry.round, getattr(entry, f"{key}_interval")) for entry in known]
+        bounded = [(number, *interval) for number, interval in intervals if interval]
         if bounded:
             rounds, lows, highs = zip(*bounded, strict=True)
             axes.fill_between(rounds, lows, highs, color=LIGHT, linewidth=0, label="95 % interval")
-        axes.plot([entry.round for entry in known], values, color=BLUE, label="AUROC", **_marker(known))
-        axes.axhline(0.5, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="guessing")
+        axes.plot([entry.round for entry in known], values, color=BLUE, label=name, **_marker(known))
+        if headline.guessing is not None:
+            axes.axhline(headline.guessing, color=GREY, linewidth=1, linestyle=(0, (4, 3)), label="guessing")
         axes.legend(loc="lower right", ncols=3)
-        axes.set_ylim(min(0.4, *values), 1.01)
-        _label_rounds(axes, report.rounds, "AUROC")
+        axes.set_ylim(min(_floor(headline), *values), 1.01)
+        _label_rounds(axes, report.rounds, name)
     return drawn[0]
+
+
+def _floor(headline: Headline) -> float:
+    """The lowest value that is shown though no site reached down to it."""
+    return 0.0 if headline.guessing is None else headline.guessing - 0.1
 
 
 def answers_by_round(report: Report) -> Markup | None:
@@ -121,40 +131,44 @@ def roc_curve(report: Report) -> Markup | None:
     return drawn[0]
 
 
-def auroc_by_site(report: Report) -> Markup | None:
-    """AUROC by site with its interval, and the exact value where it is known."""
-    results = report.final.per_site
-    if not any(result.auroc is not None for result in results.values()):
+def headline_by_site(report: Report) -> Markup | None:
+    """AUROC or Dice by site with its interval, and the exact value where it is known."""
+    results, headline = report.final.per_site, report.headline
+    found = {site: result.value(headline) for site, result in results.items()}
+    known = {site: value for site, value in found.items() if value is not None}
+    if not known:
         return None
-    known = {site: result for site, result in results.items() if result.auroc is not None}
-    low, high = (choose(known, key=lambda site: known[site].auroc or 0.0) for choose in (min, max))
+    low, high = min(known, key=lambda site: known[site]), max(known, key=lambda site: known[site])
     description = (
-        f"{len(known)} sites; lowest {_label(low)} with {known[low].auroc:.3f}, "
-        f"highest {_label(high)} with {known[high].auroc:.3f}. The table holds all values."
+        f"{len(known)} sites; lowest {_label(low)} with {known[low]:.3f}, "
+        f"highest {_label(high)} with {known[high]:.3f}. The table holds all values."
     )
-    with _axes("sites", "AUROC by site", description, width=4.0, height=_site_height(results)) as (
-        axes,
-        drawn,
-    ):
-        for row, result in enumerate(results.values()):
-            if result.auroc is None:
-                axes.text(0.505, row, "not determined", va="center", color=GREY)
-                continue
-            axes.barh(row, result.auroc - 0.5, left=0.5, height=0.62, color=LIGHT)
-            if result.auroc_interval:
-                axes.plot(
-                    result.auroc_interval, (row, row), color=BLUE, linewidth=1.6, marker="|", markersize=7
-                )
-        _scatter_sites(axes, [result.auroc for result in results.values()], "released", BLUE, "o", BLUE)
-        _scatter_sites(
-            axes, [result.auroc_exact for result in results.values()], "exact", ORANGE, "D", "none"
-        )
-        lows = [result.auroc_interval[0] for result in known.values() if result.auroc_interval]
-        axes.set_xlim(max(0.0, min([0.45, *lows]) - 0.02), 1.01)
-        axes.axvline(0.5, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_xlabel("AUROC (bar from 0.5, guessing; line: 95 % interval)")
+    title, height = f"{headline.name} by site", _site_height(results)
+    with _axes("sites", title, description, width=4.0, height=height) as (axes, drawn):
+        start = headline.guessing or 0.0
+        for row, (site, result) in enumerate(results.items()):
+            _draw_site(axes, row, known.get(site), result.interval(headline), start=start)
+        _scatter_sites(axes, list(found.values()), "released", BLUE, "o", BLUE)
+        exact = [result.exact(headline) for result in results.values()]
+        _scatter_sites(axes, exact, "exact", ORANGE, "D", "none")
+        lows = [interval[0] for result in results.values() if (interval := result.interval(headline))]
+        axes.set_xlim(max(0.0, min([start - 0.05, *lows]) - 0.02), 1.01)
+        about = f"bar from {start:g}, guessing; " if headline.guessing else ""
+        axes.axvline(start, color=GREY, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_xlabel(f"{headline.name} ({about}line: 95 % interval)")
         _label_sites(axes, list(results))
     return drawn[0]
+
+
+def _draw_site(
+    axes: Any, row: int, value: float | None, interval: tuple[float, float] | None, *, start: float
+) -> None:
+    if value is None:
+        axes.text(start + 0.005, row, "not determined", va="center", color=GREY)
+        return
+    axes.barh(row, value - start, left=start, height=0.62, color=LIGHT)
+    if interval:
+        axes.plot(interval, (row, row), color=BLUE, linewidth=1.6, marker="|", markersize=7)
 
 
 def epsilon_by_site(report: Report) -> Markup | None:

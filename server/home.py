@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from common import keys
 from common.errors import ConfigError, UserError
 from common.invitation import Invitation
-from common.plan import first_problem
+from common.value import first_problem
 from server.control import Control
 
 Port = Annotated[int, Field(ge=1, le=65535)]

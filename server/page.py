@@ -48,19 +48,25 @@ def render(report: Report) -> str:
         status_words=STATUS_WORDS[report.status],
         story=story(report),
         classes=report.plan.get("classes", ()),
+        is_binary=_is_binary(report.plan),
+        headline=report.headline,
         quorum=report.plan.get("quorum"),
         planned_rounds=report.plan.get("rounds"),
         target=report.plan.get("privacy", {}).get("target_epsilon"),
         sections=sections(report.plan),
         figures={
             "loss": figures.loss_curve(report),
-            "auroc": figures.auroc_curve(report),
+            "headline": figures.headline_curve(report),
             "answers": figures.answers_by_round(report),
             "roc": figures.roc_curve(report),
-            "sites": figures.auroc_by_site(report),
+            "sites": figures.headline_by_site(report),
             "epsilon": figures.epsilon_by_site(report),
         },
     )
+
+
+def _is_binary(plan: Mapping[str, Any]) -> bool:
+    return len(plan.get("classes", ())) <= 2 and plan.get("target", "class") == "class"
 
 
 def story(report: Report) -> str:
@@ -83,8 +89,14 @@ def story(report: Report) -> str:
 
 
 def sections(plan: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Returns the plan by section: what stands alone first, then each group with its keys."""
-    alone = [(key, _shown(value)) for key, value in plan.items() if not isinstance(value, Mapping)]
+    """Returns the plan by section: what stands alone first, then each group with its keys.
+
+    Parts of a list, such as the steps of preprocessing, are numbered and keep their order.
+
+    >>> sections({"preprocessing": {"steps": [{"name": "gamma", "gamma": 2.0}, {"name": "resize"}]}})
+    [('preprocessing', [('steps 1', 'gamma: gamma 2'), ('steps 2', 'resize')])]
+    """
+    alone = list(_leaves({key: value for key, value in plan.items() if not isinstance(value, Mapping)}))
     groups = [(key, list(_leaves(value))) for key, value in plan.items() if isinstance(value, Mapping)]
     return [("run", alone), *groups] if alone else groups
 
@@ -93,11 +105,20 @@ def _leaves(tree: Mapping[str, Any], *, prefix: str = "") -> Iterator[tuple[str,
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, prefix=f"{prefix}{key}.")
+        elif _is_a_list_of_parts(value):
+            yield from ((f"{prefix}{key} {place}", _shown(part)) for place, part in enumerate(value, start=1))
         else:
             yield f"{prefix}{key}", _shown(value)
 
 
+def _is_a_list_of_parts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and any(isinstance(item, Mapping) for item in value)
+
+
 def _shown(value: Any) -> str:
+    if isinstance(value, Mapping):
+        rest = ", ".join(f"{key} {_shown(item)}" for key, item in value.items() if key != "name")
+        return ": ".join(text for text in (str(value.get("name", "")), rest) if text)
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None:

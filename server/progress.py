@@ -72,7 +72,7 @@ class Progress:
         parts = []
         if "sites_valid" in fields:
             parts.append(f"{fields['sites_valid']} of {self._asked} sites")
-        for key, name in (("train_loss", "loss"), ("auroc", "AUROC")):
+        for key, name in (("train_loss", "loss"), ("auroc", "AUROC"), ("dice", "Dice")):
             if isinstance(fields.get(key), float):
                 parts.append(f"{name} {fields[key]:.3f}")
         return ", ".join(parts)

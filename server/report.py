@@ -1,48 +1,27 @@
 """The report of a run: one typed value, written as ``report.json`` and ``report.html``.
 
-A field whose default is ``None`` is one of the keys with ``?`` in the documentation: it is left out of the
-JSON where it is unknown. A field that may be ``None`` but has no default is always written, as null.
+Keys that are unknown are left out or written as null: see ``server/result.py``.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import (
-    AwareDatetime,
-    ConfigDict,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-)
+from pydantic import AwareDatetime, ValidationError
 
-from common import metrics
+from common import measure
+from common.dice import DiceScores
 from common.errors import StateError
-from common.metrics import Scores, Statistic
-from common.plan import Value
+from common.measure import Exact, Headline
+from common.metrics import Scores
 from server import page
+from server.result import Interval, Part, Result
 
 JSON_NAME, HTML_NAME = "report.json", "report.html"
-
-Interval = tuple[float, float]
-
-
-class Part(Value):
-    """A frozen part of the report; unknown optional keys are left out of the JSON."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_serializer(mode="wrap")
-    def _without_unknown(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        tree: dict[str, Any] = handler(self)
-        fields = type(self).model_fields
-        return {key: value for key, value in tree.items() if value is not None or fields[key].is_required()}
-
 
 P = TypeVar("P", bound=Part)
 
@@ -58,7 +37,7 @@ class Versions(Part):
 
 
 class Round(Part):
-    """What one round cost and gave. The AUROC is that of the validation part."""
+    """What one round cost and gave. AUROC, Dice and accuracy are those of the validation part."""
 
     round: int
     seconds: float
@@ -67,86 +46,11 @@ class Round(Part):
     train_loss: float | None
     auroc: float | None = None
     auroc_interval: Interval | None = None
+    dice: float | None = None
+    dice_interval: Interval | None = None
     accuracy: float | None = None
     bytes_up: int | None = None
     bytes_down: int | None = None
-
-
-class SiteResult(Part):
-    """What the final model reaches on test patients; ``None`` where it cannot be told."""
-
-    auroc: float | None
-    auroc_interval: Interval | None
-    auroc_exact: float | None = None
-    accuracy: float | None
-    accuracy_interval: Interval | None
-    sensitivity: float | None
-    sensitivity_interval: Interval | None
-    specificity: float | None
-    specificity_interval: Interval | None
-    calibration_error: float | None
-    calibration_error_interval: Interval | None
-    loss: float | None = None
-
-    @classmethod
-    def of(cls, statistic: Statistic, *, noise_std: float, bins: int) -> Self:
-        """Computes every metric of one statistic.
-
-        Args:
-            noise_std: standard deviation of the noise in each count; 0 for exact scores.
-            bins: those of the calibration error where the statistic is exact scores.
-        """
-        return cls(**_measures(statistic, noise_std=noise_std, bins=bins))
-
-
-class Result(SiteResult):
-    """The same over the test patients of all sites together, and by site."""
-
-    roc: tuple[tuple[float, float], ...]
-    per_site: dict[str, SiteResult]
-
-    @classmethod
-    def unknown(cls) -> Result:
-        """Returns the result of a run that ended before any test."""
-        return cls(
-            auroc=None,
-            auroc_interval=None,
-            accuracy=None,
-            accuracy_interval=None,
-            sensitivity=None,
-            sensitivity_interval=None,
-            specificity=None,
-            specificity_interval=None,
-            calibration_error=None,
-            calibration_error_interval=None,
-            roc=(),
-            per_site={},
-        )
-
-    @classmethod
-    def merged(
-        cls, statistics: Mapping[str, Statistic], *, noise_std: Mapping[str, float], bins: int
-    ) -> Result:
-        """Computes the metrics of each site and of all of them together.
-
-        Args:
-            statistics: by site; exact scores where the site releases them, else noised histograms.
-            noise_std: standard deviation of the noise in each count of a site's histogram; sites that
-                are left out sent exact ones.
-            bins: those of the calibration error of exact scores.
-        """
-        if not statistics:
-            return cls.unknown()
-        pooled = metrics.merge(statistics.values())
-        pooled_std = math.hypot(*(noise_std.get(site, 0.0) for site in statistics))
-        return cls(
-            **_measures(pooled, noise_std=pooled_std, bins=bins),
-            roc=tuple(metrics.roc(pooled)),
-            per_site={
-                site: SiteResult.of(statistic, noise_std=noise_std.get(site, 0.0), bins=bins)
-                for site, statistic in sorted(statistics.items())
-            },
-        )
 
 
 class SitePrivacy(Part):
@@ -241,20 +145,27 @@ class Report(Part):
         except (OSError, UnicodeDecodeError, ValidationError) as error:
             raise StateError(f"Expected a report in {path}, found {type(error).__name__}: {error}") from error
 
-    def with_exact(self, exact: Mapping[str, Scores]) -> Report:
-        """Returns the report with ``auroc_exact``, which only the simulation harness can know.
+    @property
+    def headline(self) -> Headline:
+        """The one number that says how good the model is: AUROC, or Dice where the plan is about masks."""
+        return measure.headline(str(self.plan.get("target", "class")))
+
+    def with_exact(self, exact: Mapping[str, Exact]) -> Report:
+        """Returns the report with ``auroc_exact`` or ``dice_exact``: only the simulation harness knows it.
 
         Args:
             exact: by site, the scores of the very cases that the site's released statistic is about.
         """
+        if not exact:
+            return self
+        target = str(self.plan.get("target", "class"))
         per_site = {
-            site: result.model_copy(update={"auroc_exact": metrics.auroc(exact[site])})
-            if site in exact
-            else result
+            site: result.with_exact(exact[site], target=target) if site in exact else result
             for site, result in self.final.per_site.items()
         }
-        pooled = metrics.auroc(metrics.merge(exact.values())) if exact else None
-        final = self.final.model_copy(update={"per_site": per_site, "auroc_exact": pooled})
+        pooled = measure.merge(exact.values())
+        assert isinstance(pooled, Scores | DiceScores), "exact scores merge into exact ones"
+        final = self.final.model_copy(update={"per_site": per_site}).with_exact(pooled, target=target)
         return self.model_copy(update={"final": final})
 
     def with_site_facts(
@@ -275,24 +186,6 @@ class Report(Part):
         costs = self.privacy.model_copy(update={"per_site": _updated(self.privacy.per_site, privacy)})
         parts = _updated(self.participation, participation)
         return self.model_copy(update={"privacy": costs, "participation": parts})
-
-
-def _measures(statistic: Statistic, *, noise_std: float, bins: int) -> dict[str, Any]:
-    return {
-        "auroc": metrics.auroc(statistic),
-        "auroc_interval": metrics.interval(statistic, noise_std=noise_std),
-        "accuracy": metrics.accuracy(statistic),
-        "accuracy_interval": metrics.accuracy_interval(statistic, noise_std=noise_std),
-        "sensitivity": metrics.sensitivity(statistic),
-        "sensitivity_interval": metrics.sensitivity_interval(statistic, noise_std=noise_std),
-        "specificity": metrics.specificity(statistic),
-        "specificity_interval": metrics.specificity_interval(statistic, noise_std=noise_std),
-        "calibration_error": metrics.calibration_error(statistic, noise_std=noise_std, bins=bins),
-        "calibration_error_interval": metrics.calibration_error_interval(
-            statistic, noise_std=noise_std, bins=bins
-        ),
-        "loss": metrics.log_loss(statistic),
-    }
 
 
 def _updated(parts: Mapping[str, P], facts: Mapping[str, Mapping[str, Any]]) -> dict[str, P]:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from common import exchange, metrics
-from common.calibration import histogram_noise_std
+from common import exchange, measure, metrics
+from common.calibration import measure_noise_std
 from common.errors import InvalidReply, QuorumNotReached
 from common.exchange import Prepared, Task
-from common.metrics import Histogram, Scores, Statistic, num_heads
+from common.measure import Statistic
+from common.metrics import Histogram, Scores
 from common.model import FlatArray
 from common.plan import NoPrivacy, Plan
 from common.trail import Trail
@@ -124,6 +127,7 @@ class Rounds:
             sites_valid=len(valid),
             train_loss=record_of_round.train_loss,
             auroc=record_of_round.auroc,
+            dice=record_of_round.dice,
         )
 
     def _valid_updates(
@@ -166,14 +170,16 @@ class Rounds:
         released = self._evaluate("validation", record.server_round)
         if not released.statistics:
             return record
-        pooled = metrics.merge(released.statistics.values())
-        noise_std = sum(std**2 for std in released.noise_std.values()) ** 0.5
-        return replace(
-            record,
-            auroc=metrics.auroc(pooled),
-            auroc_interval=metrics.interval(pooled, noise_std=noise_std),
-            accuracy=metrics.accuracy(pooled),
-        )
+        pooled = measure.merge(released.statistics.values())
+        noise_std = math.hypot(*released.noise_std.values())
+        key = measure.headline(self._plan.target).key
+        found: dict[str, Any] = {
+            key: measure.value(pooled),
+            f"{key}_interval": measure.interval(pooled, noise_std=noise_std),
+        }
+        if isinstance(pooled, Histogram | Scores):
+            found["accuracy"] = metrics.accuracy(pooled)
+        return replace(record, **found)
 
     def _evaluate(self, part: str, server_round: int) -> Released:
         task = self._task(server_round, "evaluate", part)
@@ -195,17 +201,17 @@ class Rounds:
                     self._content(name, reply),
                     server_round=server_round,
                     part=part,
-                    heads=num_heads(len(self._plan.classes)),
-                    bins=self._plan.evaluation.bins,
-                    exact=is_exact,
+                    expected=measure.arrays_of(
+                        self._plan.asked, bins=self._plan.evaluation.bins, exact=is_exact
+                    ),
                 )
-                statistics[name] = _statistic(scored)
+                statistics[name] = measure.statistic(scored.arrays)
             except (InvalidReply, ValueError) as problem:
                 code = problem.code if isinstance(problem, InvalidReply) else "scores"
                 self._note(name, code, server_round)
                 continue
             if not is_exact:
-                noise_std[name] = histogram_noise_std(
+                noise_std[name] = measure_noise_std(
                     self._plan, nominal_patients=site.nominal_patients, part=part
                 )
             seen = self._attendance(name)
@@ -285,9 +291,3 @@ def _content(reply: Message | None) -> RecordDict:
         raise InvalidReply(f"error_{int(reply.error.code)}")
     exchange.require_accepted(reply.content)
     return reply.content
-
-
-def _statistic(scored: exchange.Scored) -> Statistic:
-    if "histogram" in scored.arrays:
-        return Histogram(counts=scored.arrays["histogram"])
-    return Scores(**scored.arrays)

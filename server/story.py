@@ -12,7 +12,8 @@ from common.exchange import Prepared
 from common.plan import DpSgd, Plan
 from common.privacy import Epsilon, Spend, worst_epsilon
 from server.checkpoint import Attendance, RoundRecord, RunState
-from server.report import Participation, Privacy, Report, Result, Round, SitePrivacy, Timing, Versions
+from server.report import Participation, Privacy, Report, Round, SitePrivacy, Timing, Versions
+from server.result import Result
 from server.rounds import Released
 
 Status = Literal["completed", "quorum_not_reached", "failed"]
@@ -35,7 +36,12 @@ def report_of(state: RunState, *, plan: Plan, released: Released, status: Status
         finished=finished,
         status=status,
         rounds=tuple(_round(entry) for entry in state.rounds),
-        final=Result.merged(released.statistics, noise_std=released.noise_std, bins=plan.evaluation.bins),
+        final=Result.merged(
+            released.statistics,
+            noise_std=released.noise_std,
+            bins=plan.evaluation.bins,
+            target=plan.target,
+        ),
         privacy=_privacy(plan, state),
         participation={
             name: _participation(
@@ -60,6 +66,8 @@ def _round(entry: RoundRecord) -> Round:
         train_loss=entry.train_loss,
         auroc=entry.auroc,
         auroc_interval=entry.auroc_interval,
+        dice=entry.dice,
+        dice_interval=entry.dice_interval,
         accuracy=entry.accuracy,
     )
 

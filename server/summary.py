@@ -10,13 +10,13 @@ from server.report import Report
 
 
 def summary_table(report: Report) -> Table:
-    """Returns one row per site: cases used where known, AUROC, epsilon of budget, rounds."""
+    """Returns one row per site: cases used where known, AUROC or Dice, epsilon of budget, rounds."""
     table = Table(
         title=Text(f"{report.study}: {page.STATUS_WORDS[report.status].lower()}"), caption=_caption(report)
     )
     for name in ("site", "role"):
         table.add_column(name, no_wrap=True)
-    for name in ("cases", "AUROC", "95 % interval", _epsilon_heading(report), "rounds"):
+    for name in ("cases", report.headline.name, "95 % interval", _epsilon_heading(report), "rounds"):
         table.add_column(name, justify="right", no_wrap=True)
     for site in report.participation:
         table.add_row(*(Text(cell) for cell in _row(report, site)))
@@ -27,9 +27,9 @@ def _row(report: Report, site: str) -> tuple[str, ...]:
     part = report.participation[site]
     result = report.final.per_site.get(site)
     used = str(part.used) if part.used is not None else page.UNKNOWN
-    interval = result.auroc_interval if result else None
-    auroc = page.number(result.auroc if result else None)
-    return site, part.role, used, auroc, page.bounds(interval), _epsilon(report, site), str(part.rounds_valid)
+    interval = result.interval(report.headline) if result else None
+    value = page.number(result.value(report.headline) if result else None)
+    return site, part.role, used, value, page.bounds(interval), _epsilon(report, site), str(part.rounds_valid)
 
 
 def _epsilon(report: Report, site: str) -> str:
@@ -50,12 +50,12 @@ def _epsilon_heading(report: Report) -> str:
 
 
 def _caption(report: Report) -> Text:
-    final = report.final
-    told = [f"AUROC {page.number(final.auroc)}"]
-    if final.auroc_interval:
-        told.append(f"(95 % interval {page.bounds(final.auroc_interval)})")
-    if final.auroc_exact is not None:
-        told.append(f"exact {page.number(final.auroc_exact)}")
+    final, headline = report.final, report.headline
+    told = [f"{headline.name} {page.number(final.value(headline))}"]
+    if interval := final.interval(headline):
+        told.append(f"(95 % interval {page.bounds(interval)})")
+    if (exact := final.exact(headline)) is not None:
+        told.append(f"exact {page.number(exact)}")
     caption = Text(" ".join(told))
     if report.privacy.unit == "none":
         caption.append("\nNO PRIVACY", style="bold red")

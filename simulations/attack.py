@@ -108,7 +108,7 @@ def training_parts(sites: Sequence[Path], plan: Plan) -> list[Part]:
         DataError: no site has any.
     """
     opened = [site for site in map(open_site, sites) if site.settings.role == "training"]
-    cohorts = [open_cohort(site, preprocessing=plan.preprocessing, classes=plan.classes) for site in opened]
+    cohorts = [open_cohort(site, asked=plan.asked) for site in opened]
     parts = [cohort.parts["train"] for cohort in cohorts if cohort.parts["train"].patients]
     if not parts:
         raise DataError("Expected sites with patients to train on, found none; see feverfew-client check.")

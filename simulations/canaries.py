@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from client import clinical
 from client.clipping import PrivateGradient
 from client.cohort import Part
 from client.noise import Key
@@ -46,12 +47,13 @@ class Canaries:
         """Returns a part with its patients and, after them, the canaries that are included. Their images
         are black and never looked at."""
         numbers = np.repeat(np.flatnonzero(self.included), self.cases_each)
-        start, end = len(part.labels), len(part.labels) + len(numbers)
+        start, end = len(part.targets), len(part.targets) + len(numbers)
         black = np.zeros((len(numbers), *part.images.shape[1:]), dtype=np.uint8)
         cases = np.arange(start, end).reshape(-1, self.cases_each)
         return Part(
             images=np.concatenate([part.images, black]),
-            labels=np.concatenate([part.labels, self.first_label + numbers]),
+            targets=np.concatenate([part.targets, self.first_label + numbers]),
+            values=clinical.none(end),
             patients=(*part.patients, *cases),
         )
 
@@ -119,6 +121,10 @@ def _without(batch: Batch, is_canary: torch.Tensor) -> tuple[torch.Tensor, Batch
     kept = ~is_canary
     present, owners = torch.unique(batch.owners[kept], return_inverse=True)
     own = Batch(
-        images=batch.images[kept], targets=batch.targets[kept], owners=owners, num_patients=len(present)
+        images=batch.images[kept],
+        values=batch.values[kept],
+        targets=batch.targets[kept],
+        owners=owners,
+        num_patients=len(present),
     )
     return present, own

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -201,7 +201,7 @@ def _changed(plan: Plan, **training: Any) -> Plan:
 
 
 def _part(part: Part, patients: Sequence[NDArray[np.int64]]) -> Part:
-    return Part(images=part.images, labels=part.labels, patients=tuple(patients))
+    return replace(part, patients=tuple(patients))
 
 
 def _with_noise(implementation: Implementation, noise: Silence) -> Implementation:

@@ -11,21 +11,30 @@ import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from rich.console import Console
 
+from client.site import open_site
 from common.errors import DataError
-from simulations.site_files import CaseRow, write_site
-from simulations.sources import DirectorySource, MedMnistSource, PhantomSource, Source
+from simulations.site_files import write_site
+from simulations.sources import (
+    DirectorySource,
+    ListedSource,
+    MedMnistSource,
+    PhantomSource,
+    Source,
+    WrittenSource,
+)
 
 __all__ = [
-    "CaseRow",
     "DirectorySource",
+    "ListedSource",
     "MedMnistSource",
     "PhantomSource",
     "Source",
@@ -48,10 +57,14 @@ def prepare_sites(directory: Path, *, source: Source, num_workers: int | None = 
         num_workers: processes that write, by default one for each processor; the result is the same.
 
     Raises:
+        UserError, DeploymentError: the images of a site cannot be fetched.
         DataError: ``directory`` holds something that no source wrote, or the source cannot be used.
     """
     if isinstance(source, DirectorySource):
-        return source.sites()
+        sites = source.sites()
+        if source.from_pacs:
+            _fetch(sites)
+        return sites
     directory = directory.absolute()
     record = _record(source)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -61,11 +74,20 @@ def prepare_sites(directory: Path, *, source: Source, num_workers: int | None = 
     return [directory / name for name in source.names()]
 
 
-def _record(source: PhantomSource | MedMnistSource) -> dict[str, Any]:
+def _record(source: WrittenSource) -> dict[str, Any]:
     """What ``source.json`` says: the parameters, and the hash by which they are compared."""
     parameters = json.loads(json.dumps(source.parameters(), default=str))
     canonical = json.dumps(parameters, sort_keys=True, separators=(",", ":"))
     return {"sha256": hashlib.sha256(canonical.encode()).hexdigest(), "parameters": parameters}
+
+
+def _fetch(sites: Sequence[Path]) -> None:
+    """Fetches the images of all sites; what could not be had is told by each site's quarantine."""
+    from client import fetch  # httpx and its parts are needed here only
+
+    with fetch.progress(Console(stderr=True)) as on_progress:
+        for path in sites:
+            fetch.fetch(open_site(path), on_progress=on_progress)
 
 
 def _is_made(directory: Path, *, record: Mapping[str, Any], names: list[str]) -> bool:
@@ -88,7 +110,7 @@ def _is_made(directory: Path, *, record: Mapping[str, Any], names: list[str]) ->
 def _make(
     directory: Path,
     *,
-    source: PhantomSource | MedMnistSource,
+    source: WrittenSource,
     record: Mapping[str, Any],
     num_workers: int | None,
 ) -> None:
@@ -110,7 +132,7 @@ def _make(
         raise
 
 
-def _write_all(directory: Path, *, source: PhantomSource | MedMnistSource, num_workers: int | None) -> None:
+def _write_all(directory: Path, *, source: WrittenSource, num_workers: int | None) -> None:
     names = source.names()
     num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(names))
     write = partial(_write_one, directory, source)
@@ -122,5 +144,5 @@ def _write_all(directory: Path, *, source: PhantomSource | MedMnistSource, num_w
         list(pool.map(write, names))
 
 
-def _write_one(directory: Path, source: PhantomSource | MedMnistSource, name: str) -> None:
+def _write_one(directory: Path, source: WrittenSource, name: str) -> None:
     source.write(directory / name, name=name)

@@ -60,7 +60,7 @@ class Implementation:
                 expected_batch=plan.training.expected_batch,
                 noise=self.noise(key.stream("noise")),
             ),
-            augmenter=augmenter_of(plan.training.augmentation, stream=key.stream("augmentation")),
+            augmenter=augmenter_of(plan.training.augmentation, key=key),
         )
 
     def sampler_of(self, plan: Plan, mechanism: Mechanism, *, key: Key) -> Sampler:

@@ -97,7 +97,7 @@ def run(
     everybody = phantom_part(
         trial.num_patients,
         cases_per_patient=1,
-        asked=private.preprocessing,
+        asked=private.asked,
         image_size=2 * trial.image_size,
         seed=plan.seed,
     )
@@ -144,7 +144,7 @@ def _recovered(plan: Plan, part: Part, *, trial: InversionTrial, on_step: Callab
     found = inverted(
         network,
         trained.update,
-        label=int(part.labels[0]),
+        label=int(part.targets[0]),
         start=torch.from_numpy(start.astype(np.float32)),
         trial=trial,
         on_step=on_step,

@@ -20,18 +20,22 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Part:
-    """Labelled images: uint8, (cases, rows, columns) or (cases, rows, columns, 3); labels (cases,)."""
+    """Labelled images: uint8, (cases, rows, columns), (cases, rows, columns, 3), or volumes (cases, a, b, c);
+    labels (cases,)."""
 
     images: Images
     labels: Labels
+
+    @property
+    def is_volumes(self) -> bool:
+        return self.images.ndim == 4 and self.images.shape[-1] != 3
 
 
 def read(file: Path, *, num_classes: int) -> dict[str, Part]:
     """Returns the official parts ``train``, ``val`` and ``test``.
 
     Raises:
-        DataError: the file is missing, or is not a two-dimensional, single-label MedMNIST file of
-            ``num_classes`` classes.
+        DataError: the file is missing, or is not a single-label MedMNIST file of ``num_classes`` classes.
     """
     names = ("train", "val", "test")
     arrays = _arrays(file, names=[f"{part}_{kind}" for part in names for kind in ("images", "labels")])
@@ -104,11 +108,10 @@ def _arrays(file: Path, *, names: list[str]) -> dict[str, NDArray[Any]]:
 
 def _part(file: Path, *, name: str, arrays: dict[str, NDArray[Any]], num_classes: int) -> Part:
     images, labels = arrays[f"{name}_images"], arrays[f"{name}_labels"]
-    is_grey, is_colour = images.ndim == 3, images.ndim == 4 and images.shape[-1] == 3
-    if images.dtype != np.uint8 or not (is_grey or is_colour):
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(
-            f"Expected {name}_images of uint8, (cases, rows, columns) or (cases, rows, columns, 3), found "
-            f"{images.dtype}, {images.shape} in {file}; use a two-dimensional MedMNIST file."
+            f"Expected {name}_images of uint8 with two or three axes a case, found {images.dtype}, "
+            f"{images.shape} in {file}; use a MedMNIST file."
         )
     if labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "iu":
         raise DataError(

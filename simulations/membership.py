@@ -121,13 +121,13 @@ def _group(plan: Plan, *, trial: MembershipTrial) -> _Group:
     part = phantom_part(
         trial.num_patients,
         cases_per_patient=1,
-        asked=plan.preprocessing,
+        asked=plan.asked,
         image_size=2 * trial.image_size,
         seed=plan.seed,
     )
     is_wrong = rng.random(trial.num_patients) < trial.wrong_label_fraction
     return _Group(
-        part=replace(part, labels=np.where(is_wrong, 1 - part.labels, part.labels)),
+        part=replace(part, targets=np.where(is_wrong, 1 - part.targets, part.targets)),
         is_wrong=is_wrong,
         is_member=rng.random((trial.num_models, trial.num_patients)) < 0.5,
     )
@@ -182,9 +182,9 @@ def _told(network: nn.Module, part: Part) -> tuple[Floats, Floats]:
     """Returns confidence in the label (the log of its odds) and loss of each case of one."""
     with torch.no_grad():
         outputs = network.eval()(to_input(part.images)).double()
-        losses = case_losses(outputs, torch.from_numpy(part.labels)).numpy()
+        losses = case_losses(outputs, torch.from_numpy(part.targets)).numpy()
     logits = outputs[:, 0].numpy()
-    return np.where(part.labels == 1, logits, -logits), losses
+    return np.where(part.targets == 1, logits, -logits), losses
 
 
 def accuracy(confidence: Floats, *, is_wrong: Flags, is_member: Flags) -> float:

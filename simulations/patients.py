@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from client import preprocessing
+from client import clinical, preprocessing
 from client.cohort import Part
 from client.images import Image
-from common.plan import Preprocessing
+from common.asked import Asked
 from simulations import anatomy, phantom
 
 _PREVALENCE = 0.5
 
 
 def phantom_part(
-    num_patients: int, *, cases_per_patient: int, asked: Preprocessing, image_size: int, seed: int
+    num_patients: int, *, cases_per_patient: int, asked: Asked, image_size: int, seed: int
 ) -> Part:
     """Returns patients of one scanner with the same number of cases each; labels as phantoms' classes.
 
@@ -29,10 +29,12 @@ def phantom_part(
         patient = anatomy.random_anatomy(rng, diseased=bool(is_diseased), difficulty=anatomy.Difficulty())
         for _ in range(cases_per_patient):
             pixels = phantom.draw(patient, scanner, rng).astype(np.float32)
-            images.append(preprocessing.apply(Image(array=pixels[None], spacing_mm=None), asked))
+            image = Image(array=pixels[None], spacing_mm=None)
+            images.append(preprocessing.apply([image], asked)["image"])
     cases = np.arange(num_patients * cases_per_patient).reshape(num_patients, cases_per_patient)
     return Part(
         images=np.stack(images),
-        labels=np.repeat(diseased.astype(np.int64), cases_per_patient),
+        targets=np.repeat(diseased.astype(np.int64), cases_per_patient),
+        values=clinical.none(len(images)),
         patients=tuple(cases),
     )

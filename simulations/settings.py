@@ -9,14 +9,15 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from common.errors import ConfigError
-from common.plan import Value, first_problem
-from simulations.hospitals import DirectorySource, MedMnistSource, PhantomSource, Source
+from common.value import Value, first_problem
+from simulations.hospitals import DirectorySource, ListedSource, MedMnistSource, PhantomSource, Source
 from simulations.phantom import CLASS_NAMES
 from simulations.trials import InversionTrial, MembershipTrial
 
-_SOURCES: dict[str, type[PhantomSource] | type[MedMnistSource] | type[DirectorySource]] = {
+_SOURCES: dict[str, type[Source]] = {
     "phantoms": PhantomSource,
     "medmnist": MedMnistSource,
+    "listed": ListedSource,
     "directory": DirectorySource,
 }
 

@@ -13,12 +13,15 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from client import table
+from client import frozen
 from client.cohort import open_cohort
 from client.release import claim_path, head_path, open_ledger
 from client.site import Site, open_site
+from common import measure
 from common.calibration import require_reachable
+from common.dice import DiceScores
 from common.errors import ConfigError
+from common.measure import Exact
 from common.metrics import Scores
 from common.plan import Plan
 from common.trail import read
@@ -70,6 +73,7 @@ def forget(sites: Sequence[Site], *, heads: Path) -> None:
     """Deletes what sites and coordinator know of earlier runs: the sites' ledgers begin anew."""
     for site in sites:
         shutil.rmtree(site.state, ignore_errors=True)
+        shutil.rmtree(site.runs, ignore_errors=True)
         head_path(site).unlink(missing_ok=True)
         claim_path(site).unlink(missing_ok=True)
     shutil.rmtree(heads, ignore_errors=True)
@@ -77,7 +81,7 @@ def forget(sites: Sequence[Site], *, heads: Path) -> None:
 
 def _require_usable(site: Site, plan: Plan) -> None:
     """Finds before the start what would stop a site for certain."""
-    next(table.rows(site.table, patient_is=site.settings.patient_is), None)
+    next(frozen.listed_rows(site), None)
     if site.settings.role == "training":
         require_reachable(plan, nominal_patients=site.settings.nominal_patients)
 
@@ -113,9 +117,13 @@ def completed(report: Report, sites: Sequence[Site], *, plan: Plan, run: str) ->
     )
 
 
-def _exact_scores(site: Site, run: str) -> Scores | None:
+def _exact_scores(site: Site, run: str) -> Exact | None:
     path = site.state / "scores" / run / "test.safetensors"
-    return Scores(**load_file(path)) if path.exists() else None
+    if not path.exists():
+        return None
+    found = measure.statistic(load_file(path))
+    assert isinstance(found, Scores | DiceScores), "sites keep exact scores only"
+    return found
 
 
 def _budget(site: Site, report: Report) -> dict[str, Any]:
@@ -126,7 +134,7 @@ def _budget(site: Site, report: Report) -> dict[str, Any]:
 
 
 def _counts(site: Site, plan: Plan) -> dict[str, Any]:
-    cohort = open_cohort(site, preprocessing=plan.preprocessing, classes=plan.classes)
+    cohort = open_cohort(site, asked=plan.asked)
     quarantined = sum(cohort.reasons.values())
     return {
         "offered": cohort.offered,

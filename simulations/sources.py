@@ -1,9 +1,9 @@
-"""Where simulated sites come from: phantoms, a MedMNIST file, or directories that exist."""
+"""Where simulated sites come from: phantoms, a MedMNIST file, a folder of cases, or sites that exist."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -12,12 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from client.case import Case
 from common.errors import DataError
 from simulations import anatomy, medmnist, phantom
-from simulations.site_files import CaseRow, settings, split_key_of, write_site
+from simulations.listed import ListedSource
+from simulations.site_files import settings, split_key_of, write_site
 
 # Changes with every change of what is written here, so that older sites are remade.
-VERSION = 3
+VERSION = 4
+
+__all__ = [
+    "DirectorySource",
+    "ListedSource",
+    "MedMnistSource",
+    "PhantomSource",
+    "Source",
+    "WrittenSource",
+]
 
 EVALUATION_SITE = "official-test"
 # Probabilities of one, two, three and four images of a phantom patient.
@@ -33,12 +44,18 @@ class PhantomSource:
 
     Sites differ in size, ``patients_per_site`` on average, and in prevalence. ``image_size`` is what rows and
     columns of an image are near to; every scanner has its own pixel size.
+
+    With a ``marker_effect`` patients have a clinical value ``marker``, normal with standard deviation 1 about
+    0 if they are healthy and about the effect if not; alone it ranks them with an AUROC of
+    Phi(effect / sqrt(2)). It is missing for ``marker_missing_fraction`` of the patients.
     """
 
     num_sites: int
     patients_per_site: int
     seed: int
     image_size: int
+    marker_effect: float | None
+    marker_missing_fraction: float
     max_epsilon: float
     delta: float
 
@@ -58,10 +75,10 @@ class PhantomSource:
         prevalence = rng.uniform(*PREVALENCE)
         num_patients = self.num_patients(index)
         (directory / "images").mkdir(parents=True)
-        rows = [
-            row
+        cases = [
+            case
             for number in range(num_patients)
-            for row in _write_phantom(
+            for case in _write_phantom(
                 directory,
                 patient_id=f"{index + 1:02d}{number:05d}",
                 prevalence=prevalence,
@@ -74,7 +91,19 @@ class PhantomSource:
         written = settings(
             name=name, num_patients=num_patients, max_epsilon=self.max_epsilon, delta=self.delta
         )
-        write_site(directory, settings=written, rows=rows, split_key=split_key_of(self.seed, name))
+        if self.marker_effect is not None:
+            cases = self._with_markers(cases, index=index)
+            written["cases"] |= {"values": {"marker": "marker"}}
+        write_site(directory, settings=written, cases=cases, split_key=split_key_of(self.seed, name))
+
+    def _with_markers(self, cases: list[Case], *, index: int) -> list[Case]:
+        rng = np.random.default_rng([self.seed, index, 0, 1])  # of its own: images are the same without it
+        markers: dict[str, str] = {}
+        for case in cases:
+            mean = (self.marker_effect or 0.0) * (case.labels == (phantom.CLASS_NAMES[1],))
+            drawn, is_missing = rng.normal(mean), rng.random() < self.marker_missing_fraction
+            markers.setdefault(case.patient, "" if is_missing else f"{drawn:.4f}")
+        return [replace(case, values=(markers[case.patient],)) for case in cases]
 
     def num_patients(self, index: int) -> int:
         """Returns the number of patients of a site: the first is the largest, the last the smallest."""
@@ -121,12 +150,12 @@ class MedMnistSource:
     def write(self, directory: Path, *, name: str) -> None:
         """Writes one site."""
         is_training = name != EVALUATION_SITE
-        cases = self._training_cases(self.names().index(name)) if is_training else self._parts["test"]
-        rows = _write_rasters(directory, cases, class_names=self.class_names)
-        written = settings(name=name, num_patients=len(rows), max_epsilon=self.max_epsilon, delta=self.delta)
+        part = self._training_cases(self.names().index(name)) if is_training else self._parts["test"]
+        cases = _write_images(directory, part, class_names=self.class_names)
+        written = settings(name=name, num_patients=len(cases), max_epsilon=self.max_epsilon, delta=self.delta)
         written |= {"patient_is": "case"}
-        written |= self._split_settings(len(rows)) if is_training else _EVALUATION
-        write_site(directory, settings=written, rows=rows, split_key=split_key_of(self.seed, name))
+        written |= self._split_settings(len(cases)) if is_training else _EVALUATION
+        write_site(directory, settings=written, cases=cases, split_key=split_key_of(self.seed, name))
 
     def _split_settings(self, num_cases: int) -> dict[str, object]:
         test_fraction = round(1 - self.train_fraction - self.validation_fraction, 9)
@@ -166,9 +195,13 @@ class MedMnistSource:
 
 @dataclass(frozen=True, kw_only=True)
 class DirectorySource:
-    """Site directories that exist already; nothing is written into them here."""
+    """Site directories that exist already; nothing is written into them here.
+
+    With ``from_pacs`` each site first fetches what its ``site.yaml`` asks of its PACS.
+    """
 
     directory: Path
+    from_pacs: bool
 
     def sites(self) -> list[Path]:
         """Returns the site directories by name.
@@ -185,7 +218,8 @@ class DirectorySource:
         return sites
 
 
-Source = PhantomSource | MedMnistSource | DirectorySource
+WrittenSource = PhantomSource | MedMnistSource | ListedSource
+Source = WrittenSource | DirectorySource
 
 
 def _numbered(num_sites: int) -> list[str]:
@@ -208,7 +242,7 @@ def _write_phantom(
     scanner: phantom.Scanner,
     rng: np.random.Generator,
     study: str,
-) -> list[CaseRow]:
+) -> list[Case]:
     """Writes the images of one patient, all of one study."""
     from simulations import (
         dicom_file,
@@ -217,7 +251,7 @@ def _write_phantom(
     diseased = bool(rng.random() < prevalence)
     patient = anatomy.random_anatomy(rng, diseased=diseased, difficulty=anatomy.Difficulty())
     num_images = 1 + int(rng.choice(len(NUM_IMAGES_PROBS), p=NUM_IMAGES_PROBS))
-    rows = []
+    cases = []
     for instance in range(1, num_images + 1):
         image = f"images/{patient_id}-{instance}.dcm"
         dicom_file.write(
@@ -228,16 +262,28 @@ def _write_phantom(
             study=study,
             instance=instance,
         )
-        rows.append(CaseRow(image=image, label=phantom.CLASS_NAMES[diseased], patient_id=patient_id))
-    return rows
+        cases.append(Case(images=(image,), labels=(phantom.CLASS_NAMES[diseased],), patient=patient_id))
+    return cases
 
 
-def _write_rasters(directory: Path, cases: medmnist.Part, *, class_names: tuple[str, ...]) -> list[CaseRow]:
-    """Writes every case as a PNG file."""
+def _write_images(directory: Path, part: medmnist.Part, *, class_names: tuple[str, ...]) -> list[Case]:
+    """Writes every image as a PNG file, every volume as a NIfTI file."""
     (directory / "images").mkdir(parents=True)
-    rows = []
-    for number, (pixels, label) in enumerate(zip(cases.images, cases.labels, strict=True)):
-        image = f"images/{number:06d}.png"
-        Image.fromarray(pixels).save(directory / image)
-        rows.append(CaseRow(image=image, label=class_names[label], patient_id=f"{number:06d}"))
-    return rows
+    ending, write = (".nii.gz", _write_volume) if part.is_volumes else (".png", _write_raster)
+    cases = []
+    for number, (pixels, label) in enumerate(zip(part.images, part.labels, strict=True)):
+        image = f"images/{number:06d}{ending}"
+        write(directory / image, pixels)
+        cases.append(Case(images=(image,), labels=(class_names[label],), patient=f"{number:06d}"))
+    return cases
+
+
+def _write_raster(path: Path, pixels: NDArray[np.uint8]) -> None:
+    Image.fromarray(pixels).save(path)
+
+
+def _write_volume(path: Path, voxels: NDArray[np.uint8]) -> None:
+    """Writes voxels of 1 mm; the file says nothing of the patient's sides, so any will do."""
+    import nibabel
+
+    nibabel.save(nibabel.Nifti1Image(voxels, np.eye(4)), path)

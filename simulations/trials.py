@@ -6,8 +6,10 @@ from typing import Annotated
 
 from pydantic import Field
 
+from common.asked import Size
 from common.errors import ConfigError
-from common.plan import DpSgd, NonNegative, NoPrivacy, Plan, Positive, Size, Value
+from common.plan import DpSgd, NoPrivacy, Plan
+from common.value import NonNegative, Positive, Value
 from simulations.phantom import CLASS_NAMES
 
 

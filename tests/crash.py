@@ -45,7 +45,7 @@ STEPS = (
     "client.ledger:Ledger.charge",
     "client.ledger:Ledger.finish",
     "client.training:train_by_plan",
-    "client.evaluation:noised_histogram",
+    "client.evaluation:noised",
     "client.replies:store",
     "os:replace",
     "os:fsync",

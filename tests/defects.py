@@ -41,6 +41,7 @@ class ImagesClippedApart(CanaryGradient):
         num_cases = len(batch.targets)
         apart = Batch(
             images=batch.images,
+            values=batch.values,
             targets=batch.targets,
             owners=torch.arange(num_cases),
             num_patients=num_cases,

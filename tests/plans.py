@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+from common.asked import Asked
 from common.config import GROUPS, compose_plan
 from common.plan import Plan
 
@@ -42,4 +43,22 @@ def plan(**changes: Any) -> Plan:
 @cache
 def _composed(choices: tuple[tuple[str, str], ...]) -> Plan:
     overrides = [f"{name}={value}" for name, value in choices]
+    if ("model", "unet") in choices:
+        overrides.append("plan.target=mask")
     return compose_plan(["plan.classes=[normal,opacity]", "plan.sites=2", *overrides])
+
+
+def asked(
+    *,
+    target: str = "class",
+    classes: tuple[str, ...] = ("normal", "opacity"),
+    clinical: tuple[dict[str, Any], ...] = (),
+    steps: tuple[dict[str, Any], ...] = (),
+    **preprocessing: Any,
+) -> Asked:
+    """Returns what a plan asks of a case: grey, 8 x 8, all of the image's own range scaled to [0, 1]."""
+    steps = steps or ({"name": "percentile", "lower": 0, "upper": 100}, {"name": "resize"})
+    usual = {"inputs": ("image",), "channels": 1, "size": (8, 8), "precision": "uint8", "steps": steps}
+    return Asked.model_validate(
+        {"target": target, "classes": classes, "clinical": clinical, "preprocessing": usual | preprocessing}
+    )

@@ -27,6 +27,7 @@ def write_site(
     size: int = 28,
     seed: int = 0,
     classes: tuple[str, ...] = CLASSES,
+    masks: bool = False,
     **settings: Any,
 ) -> Site:
     """Writes a site with grey PNG images of ``(size, size)`` pixels; returns it opened.
@@ -34,6 +35,7 @@ def write_site(
     The ``k``-th patient is of class ``k`` modulo the number of classes; the higher the class, the brighter
     the square in the images. Settings are those of a new site (``client/skeleton.py``) that approves every
     plan, also one without privacy, and is split in 0.6, 0.2, 0.2; with changes such as ``max_epsilon=1.0``.
+    With ``masks`` a case has a mask instead of a label: 1 in the square, 0 around it.
     """
     (directory / "images").mkdir(parents=True)
     rng = np.random.default_rng([seed, *name.encode()])
@@ -42,14 +44,32 @@ def write_site(
         patient = number // cases_per_patient
         label = patient % len(classes)
         _write_image(directory / f"images/{number}.png", rng, size=size, brightness=45 * label)
-        rows.append((f"images/{number}.png", classes[label], f"Patient {patient}"))
+        says = f"images/{number}-mask.png" if masks else classes[label]
+        if masks:
+            _write_mask(directory / says, size=size)
+        rows.append((f"images/{number}.png", says, f"Patient {patient}"))
+    column = "mask" if masks else "label"
     with (directory / "cases.csv").open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("image", "label", "patient_id"), *rows])
+        csv.writer(file).writerows([("image", column, "patient_id"), *rows])
+    if masks:
+        settings["cases"] = skeleton_cases(name) | {"label": None, "mask": "mask"}
     _write_settings(directory, name=name, num_patients=num_patients, changes=settings)
     (directory / "private").mkdir(mode=0o700)
     secret = hashlib.sha256(f"{seed}/{name}".encode()).hexdigest()
     keys.write_secret(directory / "private" / "split.key", secret.encode())
     return open_site(directory)
+
+
+def skeleton_cases(name: str) -> dict[str, Any]:
+    """Returns the ``cases`` of a new site's settings."""
+    cases: dict[str, Any] = yaml.safe_load(skeleton.settings_text(name=name, nominal_patients=1))["cases"]
+    return cases
+
+
+def _write_mask(path: Path, *, size: int) -> None:
+    inside = np.zeros((size, size), np.uint8)
+    inside[size // 4 : -size // 4, size // 4 : -size // 4] = 1
+    Image.fromarray(inside).save(path)
 
 
 def _write_image(path: Path, rng: np.random.Generator, *, size: int, brightness: int) -> None:

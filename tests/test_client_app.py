@@ -18,8 +18,8 @@ from client.cohort import open_cohort
 from client.noise import seeded_key
 from client.release import head_path
 from client.site import Site
-from common import exchange, flower, model
-from common.calibration import histogram_noise_std, mechanism
+from common import exchange, flower, measure, model
+from common.calibration import measure_noise_std, mechanism
 from common.errors import InvalidReply
 from common.exchange import DELIVER, EVALUATE, PREPARE, TRAIN, Prepared, Scored, Task, Update
 from common.metrics import Scores
@@ -104,7 +104,8 @@ def trained(site: Site, asked: Plan, task: Task | None = None, *, weight: float 
 def evaluated(site: Site, asked: Plan, *, exact: bool, part: str = "test") -> Scored:
     record = answer(site, asked, task_of(asked, "evaluate", part=part))
     exchange.require_accepted(record)
-    return exchange.read_scored(record, server_round=1, part=part, heads=1, bins=10, exact=exact)
+    expected = measure.arrays_of(asked.asked, bins=10, exact=exact)
+    return exchange.read_scored(record, server_round=1, part=part, expected=expected)
 
 
 def prepared(site: Site, asked: Plan) -> Prepared:
@@ -231,7 +232,7 @@ def test_secure_noise_is_fresh_for_every_site_state(site: Site) -> None:
 def test_seeded_update_is_that_of_training_on_the_cohort(tmp_path: Path) -> None:
     site = write_site(tmp_path / "lab", name="lab", size=8, unsafe_allow_seeded_noise=True)
     asked = private_plan(randomness="seeded", seed=5)
-    part = open_cohort(site, preprocessing=asked.preprocessing, classes=asked.classes).parts["train"]
+    part = open_cohort(site, asked=asked.asked).parts["train"]
     expected = training.train_by_plan(
         model.build(asked),
         part,
@@ -283,7 +284,7 @@ def test_weight_is_the_public_one_of_the_plan(tmp_path: Path, weights: str, expe
 
 def test_exact_weight_is_the_number_of_training_patients(site: Site) -> None:
     asked = open_plan(strategy__weights="examples")
-    part = open_cohort(site, preprocessing=asked.preprocessing, classes=asked.classes).parts["train"]
+    part = open_cohort(site, asked=asked.asked).parts["train"]
     assert trained(site, asked).weight == len(part.patients) < 20
 
 
@@ -294,15 +295,15 @@ def test_noised_histogram_is_all_that_private_data_send(site: Site) -> None:
     assert (counts != np.round(counts)).all()
     kept = load_file(next((site.state / "scores").rglob("test.safetensors")))
     noise = counts - Scores(**kept).histogram(10).counts
-    std = histogram_noise_std(asked, nominal_patients=20, part="test")
+    std = measure_noise_std(asked, nominal_patients=20, part="test")
     assert 4 < np.square(noise / std).sum() < 60, "chi-squared of 20 degrees: once in 10,000"
 
 
 def test_exact_scores_are_sent_without_privacy_and_never_charged(site: Site) -> None:
     asked = open_plan()
     scored = evaluated(site, asked, exact=True)
-    part = open_cohort(site, preprocessing=asked.preprocessing, classes=asked.classes).parts["test"]
-    assert len(scored.arrays["scores"]) == len(part.labels)
+    part = open_cohort(site, asked=asked.asked).parts["test"]
+    assert len(scored.arrays["scores"]) == len(part.targets)
     assert scored.arrays["weights"].sum() == pytest.approx(len(part.patients))
     trained(site, asked)
     assert charges(site) == []
@@ -408,7 +409,7 @@ def failing_sites(directory: Path) -> list[Site]:
     progress = write_site(directory / "Patient-4711-a", size=8)
     (progress.state / "progress.json").mkdir(parents=True)
     no_table = write_site(directory / "Patient-4711-b", size=8)
-    no_table.table.unlink()
+    (no_table.directory / "cases.csv").unlink()
     no_key = write_site(directory / "Patient-4711-c", size=8)
     (no_key.private / "split.key").write_text("Patient-4711")
     no_ledger = write_site(directory / "Patient-4711-d", size=8)
@@ -452,7 +453,7 @@ def test_full_text_of_an_error_is_in_the_sites_own_log(
 ) -> None:
     site = write_site(tmp_path / "Patient-4711", size=8)
     asked = private_plan()
-    site.table.unlink()
+    (site.directory / "cases.csv").unlink()
     assert refusal(site, asked, task_of(asked)) == "site_error"
     assert "Patient-4711" in caplog.text
 

@@ -60,6 +60,7 @@ def linear() -> nn.Linear:
 def batch_of(rows: list[list[float]], targets: list[int], owners: list[int]) -> Batch:
     return Batch(
         images=torch.tensor(rows),
+        values=torch.zeros(len(rows), 0),
         targets=torch.tensor(targets),
         owners=torch.tensor(owners),
         num_patients=max(owners) + 1,

@@ -32,7 +32,9 @@ SMALL: dict[str, Any] = {
         "max_shift_fraction": 0.2,
         "max_rotation_degrees": 30.0,
         "max_zoom_fraction": 0.2,
-        "flip": True,
+        "flip_axes": [1],
+        "max_gamma": 1.5,
+        "max_noise_std": 0.1,
     },
 }
 

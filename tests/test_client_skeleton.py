@@ -52,9 +52,10 @@ def test_every_key_of_the_settings_has_its_explanation(tmp_path: Path) -> None:
     assert set(yaml.safe_load(text)) == set(SiteSettings.model_fields)
     explained = False
     for line in text.splitlines():
-        if line and not line.startswith("#"):
+        comment = line.strip().startswith("#")
+        if line and not comment:
             assert explained or line.startswith("delta"), line  # explained with max_epsilon
-        explained = line.startswith("#")
+        explained = comment
 
 
 def test_nothing_that_exists_is_changed_and_what_is_missing_is_made(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from client import clinical
 from client.cohort import Part
 from client.noise import Key
 from client.training import (
@@ -47,7 +49,8 @@ def part_of(cases: tuple[int, ...] = (1, 3, 2, 4, 1), *, num_classes: int = 2, s
     bounds = np.cumsum((0, *cases))
     patients = tuple(np.arange(start, end) for start, end in zip(bounds, bounds[1:], strict=False))
     images = rng.integers(0, 256, (bounds[-1], 1, size, size), dtype=np.uint8)
-    return Part(images=images, labels=rng.integers(0, num_classes, bounds[-1]), patients=patients)
+    targets = rng.integers(0, num_classes, bounds[-1])
+    return Part(images=images, targets=targets, values=clinical.none(len(images)), patients=patients)
 
 
 def mechanism(noise_multiplier: float = NOISELESS, *, sample_rate: float = 1.0) -> Mechanism:
@@ -103,10 +106,10 @@ def patient_gradient(network: nn.Module, part: Part, number: int) -> tuple[torch
         image = torch.from_numpy(part.images[case]).double() / 255
         logits = network(image[None])[0]
         if len(logits) == 1:
-            sign = 2 * int(part.labels[case]) - 1
+            sign = 2 * int(part.targets[case]) - 1
             losses.append(torch.log1p(torch.exp(-sign * logits[0])))
         else:
-            losses.append(torch.logsumexp(logits, 0) - logits[part.labels[case]])
+            losses.append(torch.logsumexp(logits, 0) - logits[part.targets[case]])
     return torch.autograd.grad(torch.stack(losses).mean(), list(network.parameters()))
 
 
@@ -313,11 +316,11 @@ def test_patient_whose_gradient_is_not_finite_moves_nobody_elses() -> None:
     network = BlackIsUndefined()
     start = model.flatten(network)
     spoilt = train_by_plan(
-        network, Part(images=black, labels=part.labels, patients=part.patients),
+        network, replace(part, images=black),
         plan=asked, mechanism=mechanism(), key=KEY,
     )  # fmt: skip
     model.load(network, start)
-    others = Part(images=part.images, labels=part.labels, patients=part.patients[:1] + part.patients[2:])
+    others = replace(part, patients=part.patients[:1] + part.patients[2:])
     without = train_by_plan(network, others, plan=asked, mechanism=mechanism(), key=KEY)
     assert np.abs(without.update).max() > 0.01
     np.testing.assert_allclose(spoilt.update, without.update, atol=1e-7)
@@ -328,7 +331,7 @@ def test_patient_whose_gradient_is_not_finite_moves_nobody_elses() -> None:
 def test_loss_is_the_mean_over_expected_patients_of_the_mean_over_their_cases() -> None:
     asked, part = plan(**SMALL, privacy="none"), part_of()
     network = model.build(asked)
-    losses = case_losses(network(to_input(part.images)), torch.from_numpy(part.labels)).detach()
+    losses = case_losses(network(to_input(part.images)), torch.from_numpy(part.targets)).detach()
     means = [float(losses[torch.from_numpy(own)].mean()) for own in part.patients]
     assert trained(asked, part).train_loss == pytest.approx(sum(means) / 4, rel=1e-6)
     assert trained(plan(**SMALL), part).train_loss == pytest.approx(sum(means) / 4, rel=1e-6)
@@ -445,9 +448,7 @@ def test_batches_hold_every_sampled_patient_whole_and_once(
 
 def test_cases_of_a_patient_are_chosen_at_random_without_repetition() -> None:
     part = part_of((5,), size=2)
-    part = Part(
-        images=np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1), labels=part.labels, patients=part.patients
-    )
+    part = replace(part, images=np.arange(5, dtype=np.uint8).reshape(5, 1, 1, 1))
     draw = sampler(2)
     counts = np.zeros(5)
     for _ in range(1000):
@@ -463,7 +464,7 @@ def test_labels_and_images_stay_together() -> None:
     (batch,) = batches(part, [part.patients[0], part.patients[2]], physical_batch=8)
     cases = [0, 1, 3, 4, 5]
     assert batch.owners.tolist() == [0, 0, 1, 1, 1]
-    assert batch.targets.tolist() == part.labels[cases].tolist()
+    assert batch.targets.tolist() == part.targets[cases].tolist()
     assert torch.equal(batch.images, torch.from_numpy(part.images[cases]).float() / 255)
 
 
@@ -480,7 +481,13 @@ def test_losses_are_cross_entropies() -> None:
 
 def test_means_are_over_each_patients_own_cases() -> None:
     owners = torch.tensor([0, 0, 0, 1])
-    batch = Batch(images=torch.zeros(4), targets=torch.zeros(4), owners=owners, num_patients=2)
+    batch = Batch(
+        images=torch.zeros(4),
+        values=torch.zeros(4, 0),
+        targets=torch.zeros(4),
+        owners=owners,
+        num_patients=2,
+    )
     rows = torch.tensor([[1.0, 0.0], [2.0, 6.0], [6.0, 0.0], [5.0, 7.0]])
     assert patient_means(rows, batch).tolist() == [[3.0, 2.0], [5.0, 7.0]]
     assert patient_means(rows[:, 0], batch).tolist() == [3.0, 5.0]

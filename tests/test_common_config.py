@@ -42,7 +42,7 @@ def test_every_file_of_a_group_composes(group: str) -> None:
     chosen = [name for name in names if name != "__pycache__"]
     assert len(chosen) >= 2
     for name in chosen:
-        extra = ["preprocessing=rgb64"] if name == "article_cnn" else []
+        extra = {"article_cnn": ["preprocessing=rgb64"], "unet": ["plan.target=mask"]}.get(name, [])
         assert config.compose_plan([*NEEDED, f"{group}={name}", *extra]).hash
 
 

@@ -13,9 +13,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common import exchange
+from common import exchange, measure
 from common.errors import InvalidReply, Refusal
 from common.exchange import Prepared, Scored, Task, Update
+from tests import plans
 
 VALUES = np.array([0.5, -1.0, 2.0], dtype=np.float32)
 TASK = Task(run="r-1", plan_hash="ab" * 32, server_round=3, purpose="train", part="", parameters=VALUES)
@@ -397,8 +398,9 @@ def test_values_that_were_read_may_be_written_to() -> None:
 
 
 def read_scored(record: RecordDict, *, exact: bool, **changes: Any) -> Scored:
-    asked: dict[str, Any] = {"server_round": 3, "part": "test", "heads": 1, "bins": 4, "exact": exact}
-    return exchange.read_scored(record, **(asked | changes))
+    expected = measure.arrays_of(plans.asked(), bins=4, exact=exact)
+    options: dict[str, Any] = {"server_round": 3, "part": "test", "expected": expected}
+    return exchange.read_scored(record, **(options | changes))
 
 
 def noised(**changes: Any) -> RecordDict:

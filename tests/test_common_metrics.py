@@ -132,22 +132,20 @@ def test_patient_moves_a_histogram_by_at_most_the_stated_sensitivity():
         for spread in (0.0, 3.0):  # 0: all the patient's cases in one cell, the worst case
             patient = metrics.score_statistics(
                 rng.normal(size=(1, outputs)) + spread * rng.normal(size=(cases, outputs)),
-                labels=np.full(cases, label),
+                targets=np.full(cases, label),
                 weights=metrics.patient_weights([np.arange(cases)], num_cases=cases),
-                num_classes=num_classes,
             )
             moved = np.linalg.norm(patient.histogram(10).counts)
-            assert moved <= metrics.l2_sensitivity(num_classes) + 1e-12
+            assert moved <= metrics.l2_sensitivity(outputs) + 1e-12
             if spread == 0.0:
-                assert moved == pytest.approx(metrics.l2_sensitivity(num_classes))
+                assert moved == pytest.approx(metrics.l2_sensitivity(outputs))
 
 
 def test_binary_logits_become_probabilities_of_class_one():
     statistic = metrics.score_statistics(
         [[0.0], [math.log(3)], [-1e9], [np.inf], [np.nan]],
-        labels=[0, 1, 0, 1, 1],
+        targets=[0, 1, 0, 1, 1],
         weights=np.ones(5),
-        num_classes=2,
     )
     assert statistic.scores[:, 0].tolist() == pytest.approx([0.5, 0.75, 0.0, 1.0, 0.5])
     assert statistic.targets[:, 0].tolist() == [0, 1, 0, 1, 1]
@@ -155,7 +153,7 @@ def test_binary_logits_become_probabilities_of_class_one():
 
 def test_logits_of_three_classes_become_three_heads_and_the_top_one():
     statistic = metrics.score_statistics(
-        np.log([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]), labels=[0, 1], weights=np.ones(2), num_classes=3
+        np.log([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]]), targets=[0, 1], weights=np.ones(2)
     )
     assert statistic.scores.tolist() == [
         pytest.approx([0.7, 0.2, 0.1, 0.7]),
@@ -166,13 +164,37 @@ def test_logits_of_three_classes_become_three_heads_and_the_top_one():
     assert metrics.log_loss(statistic) == pytest.approx(-(math.log(0.7) + math.log(0.3)) / 2)
 
 
+def test_logits_of_three_labels_become_a_head_each_and_one_of_all_of_them():
+    statistic = metrics.score_statistics(
+        [[0.0, math.log(3), -math.log(4)], [1e9, -1e9, math.log(9)]],
+        targets=[[1, 1, 0], [1, 0, 0]],
+        weights=np.ones(2),
+    )
+    assert statistic.scores[0].tolist() == pytest.approx([0.5, 0.75, 0.2, 0.5 * 0.75 * 0.8])
+    assert statistic.scores[1].tolist() == pytest.approx([1.0, 0.0, 0.9, 0.9])
+    assert statistic.targets.tolist() == [[1, 1, 0, 1], [1, 0, 0, 0]]
+    assert metrics.accuracy(statistic) == 0.5
+    losses = [-(math.log(0.5) + math.log(0.75) + math.log(0.8)) / 3, -math.log(0.1) / 3]
+    assert metrics.log_loss(statistic, several_labels=True) == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_patient_of_several_labels_moves_a_histogram_by_at_most_the_stated_sensitivity():
+    rng = np.random.default_rng(0)
+    for labels in (2, 5):
+        patient = metrics.score_statistics(
+            rng.normal(size=(1, labels)), targets=rng.integers(0, 2, (1, labels)), weights=[1.0]
+        )
+        moved = np.linalg.norm(patient.histogram(10).counts)
+        assert moved == pytest.approx(metrics.l2_sensitivity(labels)) == pytest.approx(math.sqrt(labels + 1))
+
+
 @pytest.mark.parametrize(
-    ("logits", "labels", "num_classes"),
-    [([[1.0, 2.0]], [0], 2), ([[1.0]], [0], 3), ([[1.0]], [2], 2), ([[1.0]], [-1], 2), ([[1.0]], [0, 1], 2)],
+    ("logits", "labels"),
+    [([1.0], [0]), ([[1.0]], [2]), ([[1.0]], [-1]), ([[1.0]], [0, 1]), ([[1.0, 2.0]], [[0, 2]])],
 )
-def test_logits_that_do_not_fit_the_task_are_refused(logits, labels, num_classes):
+def test_logits_that_do_not_fit_the_task_are_refused(logits, labels):
     with pytest.raises(ValueError, match="expected"):
-        metrics.score_statistics(logits, labels=labels, weights=np.ones(len(labels)), num_classes=num_classes)
+        metrics.score_statistics(logits, targets=labels, weights=np.ones(len(labels)))
 
 
 # --- merging ------------------------------------------------------------------------------------------------
@@ -270,7 +292,7 @@ def test_error_of_bins_falls_with_the_fourth_power_of_their_width_and_with_ties_
 def test_auroc_of_three_classes_is_the_mean_over_one_versus_rest():
     rng = np.random.default_rng(1)
     statistic = metrics.score_statistics(
-        rng.normal(size=(40, 3)), labels=np.arange(40) % 3, weights=np.ones(40), num_classes=3
+        rng.normal(size=(40, 3)), targets=np.arange(40) % 3, weights=np.ones(40)
     )
     heads = [counted_pairs(statistic, head) for head in range(3)]
     assert metrics.auroc(statistic) == pytest.approx(np.mean(heads))
@@ -577,7 +599,7 @@ def test_interval_of_several_classes_lies_around_the_mean_and_grows_with_noise()
     rng = np.random.default_rng(0)
     labels = np.arange(300) % 3
     logits = rng.normal(size=(300, 3)) + 1.5 * np.eye(3)[labels]
-    exact = metrics.score_statistics(logits, labels=labels, weights=np.ones(300), num_classes=3)
+    exact = metrics.score_statistics(logits, targets=labels, weights=np.ones(300))
     histogram = exact.histogram(10)
     low, high = metrics.interval(histogram)
     noised_low, noised_high = metrics.interval(histogram, noise_std=4)

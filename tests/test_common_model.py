@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from client import clinical
 from client.cohort import Part
 from client.noise import Key
 from client.training import case_losses, train_by_plan
@@ -19,33 +20,63 @@ from tests.plans import plan
 PLANS: dict[str, dict[str, Any]] = {
     "cnn": {"model": "cnn", "preprocessing": "grey28"},
     "cnn of four classes": {"model": "cnn", "preprocessing": "rgb64", "classes": ("a", "b", "c", "d")},
+    "cnn of four labels": {"classes": ("a", "b", "c", "d"), "target": "labels"},
+    "cnn of volumes": {"preprocessing__size": (16, 8, 16), "preprocessing__inputs": ("t1", "t2")},
+    "unet": {"model": "unet", "preprocessing__size": (16, 8)},
+    "unet of volumes": {"model": "unet", "preprocessing__size": (8, 16, 8), "classes": ("a", "b", "c")},
     "article_cnn": {"model": "article_cnn", "preprocessing": "rgb64"},
     "densenet121": {"model": "densenet121", "preprocessing__size": (32, 32)},
     "efficientnet_b0": {"model": "efficientnet_b0", "preprocessing__size": (32, 32)},
 }
 
 
-@pytest.fixture(params=list(PLANS.values()), ids=list(PLANS))
+LARGE = ("article_cnn", "densenet121", "efficientnet_b0")
+PARAMS = [
+    pytest.param(changes, id=name, marks=[pytest.mark.slow] if name in LARGE else [])
+    for name, changes in PLANS.items()
+]
+
+
+@pytest.fixture(params=PARAMS)
 def asked(request: pytest.FixtureRequest) -> Plan:
     return plan(**request.param)
 
 
 def images_of(asked: Plan, *, num_cases: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
-    shape = (num_cases, asked.preprocessing.channels, *asked.preprocessing.size)
+    shape = (num_cases, asked.preprocessing.num_channels, *asked.preprocessing.size)
     return torch.rand(shape, generator=generator)
+
+
+def targets_of(asked: Plan, *, num_cases: int) -> np.ndarray:
+    """Classes in turn, random labels, or random masks."""
+    rng = np.random.default_rng(2)
+    match asked.target:
+        case "class":
+            return np.arange(1, num_cases + 1) % len(asked.classes)
+        case "labels":
+            return rng.integers(0, 2, (num_cases, len(asked.classes)), dtype=np.uint8)
+        case "mask":
+            shape = (num_cases, *asked.preprocessing.size)
+            return rng.integers(0, len(asked.classes), shape, dtype=np.uint8)
 
 
 def part_of(asked: Plan, *, num_patients: int) -> Part:
     """Two cases a patient."""
     pixels = (images_of(asked, num_cases=2 * num_patients) * 255).to(torch.uint8).numpy()
     patients = tuple(np.arange(2 * num_patients).reshape(num_patients, 2))
-    return Part(images=pixels, labels=np.arange(2 * num_patients) % len(asked.classes), patients=patients)
+    return Part(
+        images=pixels,
+        targets=targets_of(asked, num_cases=2 * num_patients),
+        values=clinical.none(2 * num_patients),
+        patients=patients,
+    )
 
 
-def test_network_maps_images_to_one_logit_or_one_a_class(asked: Plan) -> None:
+def test_network_maps_images_to_one_logit_or_one_a_class_or_pixel(asked: Plan) -> None:
     outputs = model.build(asked)(images_of(asked, num_cases=3))
-    assert outputs.shape == (3, asked.num_outputs)
+    of_pixels = asked.preprocessing.size if asked.target == "mask" else ()
+    assert outputs.shape == (3, asked.num_outputs, *of_pixels)
     assert outputs.dtype == torch.float32
     assert outputs.isfinite().all()
 
@@ -75,7 +106,7 @@ def test_per_sample_gradients_equal_those_taken_one_case_at_a_time(asked: Plan) 
 
     network = model.build(asked).double().train()
     images = images_of(asked, num_cases=3).double()
-    targets = torch.tensor([1, 0, 1])
+    targets = torch.from_numpy(targets_of(asked, num_cases=3))
     alone = []
     for image, target in zip(images, targets, strict=True):
         loss = case_losses(network(image[None]), target[None]).sum()

@@ -12,15 +12,22 @@ from pydantic import BaseModel
 
 from common import plan as plans
 from common.errors import ConfigError
-from common.plan import Plan, Value, canonical_json
+from common.plan import Plan
+from common.value import Value, canonical_json
 from tests.plans import plan
+
+FULL = {"name": "percentile", "lower": 0, "upper": 100}
+CROP = {"name": "crop_foreground", "above": 0, "margin_pixels": 0}
+AGE = {"name": "age", "kind": "number", "mean": 50, "std": 20}
 
 STILL = {
     "copies": 4,
     "max_shift_fraction": 0,
     "max_rotation_degrees": 0,
     "max_zoom_fraction": 0,
-    "flip": False,
+    "flip_axes": [],
+    "max_gamma": 1,
+    "max_noise_std": 0,
 }
 
 
@@ -83,6 +90,14 @@ def test_canonical_json_is_ascii_and_reads_back(tree: Any) -> None:
     assert canonical_json(json.loads(text)) == text
 
 
+def steps(*before: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*before, {"name": "resize"}]
+
+
+def landmarks(percentiles: list[float], values: list[float]) -> dict[str, Any]:
+    return {"name": "landmarks", "percentiles": percentiles, "values": values}
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_canonical_json_refuses_numbers_that_json_does_not_have(number: float) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
@@ -101,7 +116,7 @@ def test_canonical_json_refuses_numbers_that_json_does_not_have(number: float) -
         ("study", "Not A Name"),
         ("study", "../up"),
         ("randomness", "maybe"),
-        ("schema_version", 2),
+        ("schema_version", 1),
         ("classes", ["only"]),
         ("classes", "normal"),
         ("sites", 0),
@@ -112,7 +127,11 @@ def test_canonical_json_refuses_numbers_that_json_does_not_have(number: float) -
         ("node_deadline_seconds", 31 * 86400),
         ("grace_seconds", -1),
         ("preprocessing.channels", 2),
-        ("preprocessing.lower", math.nan),
+        ("preprocessing.size", [8, 8, 8, 8]),
+        ("preprocessing.precision", "float64"),
+        ("preprocessing.inputs", []),
+        ("target", "anything"),
+        ("clinical", 3),
         ("preprocessing", 101),
         ("training.local_steps", -1),
         ("training.expected_batch", 0),
@@ -220,9 +239,34 @@ def test_several_problems_are_counted() -> None:
         ({"privacy__target_epsilon": None}, "exactly one of target_epsilon and noise_multiplier"),
         ({"model__channels": (12, 16)}, "divisible by groups=16"),
         ({"model__channels": (16, 32, 64)}, "one pool size for each of channels"),
-        ({"preprocessing__lower": 99.0}, "lower < upper"),
+        ({"preprocessing__steps": steps({"name": "percentile", "lower": 99, "upper": 99})}, "lower < upper"),
+        ({"preprocessing__steps": steps({"name": "window", "lower": 1, "upper": 0})}, "lower < upper"),
+        ({"preprocessing__steps": steps()}, "one step that scales to [0, 1], found 0"),
+        ({"preprocessing__steps": steps(FULL, FULL)}, "one step that scales to [0, 1], found 2"),
+        ({"preprocessing__steps": [FULL]}, "one step resize or pad_or_crop, found 0"),
+        ({"preprocessing__steps": steps(FULL, {"name": "resize"})}, "resize or pad_or_crop, found 2"),
+        ({"preprocessing__steps": steps({"name": "gamma", "gamma": 2}, FULL)}, "gamma after the scaling"),
+        (
+            {"preprocessing__steps": steps(FULL, {"name": "resample", "spacing_mm": [1, 1, 1]})},
+            "expected 2 spacings",
+        ),
+        (
+            {
+                "preprocessing__steps": [
+                    *steps(FULL),
+                    {"name": "crop_foreground", "above": 0, "margin_pixels": 0},
+                ]
+            },
+            "expected resize after all other steps that change the size",
+        ),
+        ({"preprocessing__steps": steps(landmarks([1, 50], [0, 0.5, 1]))}, "as many values as percentiles"),
+        ({"preprocessing__steps": steps(landmarks([1, 99], [1, 0]))}, "percentiles and values that increase"),
+        ({"preprocessing__inputs": ["t1", "t1"]}, "distinct inputs"),
+        ({"preprocessing__size": [1024, 1024, 1024]}, "values in a case"),
+        ({"clinical": [AGE, AGE]}, "distinct clinical values"),
+        ({"clinical": [AGE | {"std": 0}]}, "std"),
         ({"training__augmentation": STILL}, "set augmentation to null"),
-        ({"training__augmentation": STILL | {"copies": 0, "flip": True}}, "training.augmentation.copies"),
+        ({"training__augmentation": STILL | {"copies": 0, "flip_axes": [1]}}, "training.augmentation.copies"),
         ({"training__augmentation": STILL | {"max_shift_fraction": 0.6}}, "augmentation.max_shift_fraction"),
         ({"training__augmentation": STILL | {"max_zoom_fraction": math.nan}}, "augmentation.max_zoom"),
         ({"training__augmentation": STILL | {"max_rotation_degrees": -1}}, "augmentation.max_rotation"),
@@ -263,23 +307,27 @@ def test_plan_cannot_be_changed() -> None:
         frozen.training.local_steps = 5
 
 
-def models_of(module: Any) -> list[type[BaseModel]]:
-    members = [member for member in vars(module).values() if isinstance(member, type)]
-    return [member for member in members if issubclass(member, Value) and member is not Value]
+def parts_of(model: type[BaseModel]) -> set[type[BaseModel]]:
+    """Returns a model and all models that its fields are made of."""
+    found = {model}
+    waiting = [field.annotation for field in model.model_fields.values()]
+    while waiting:
+        kind = waiting.pop()
+        waiting += get_args(kind)
+        if isinstance(kind, type) and issubclass(kind, Value):
+            found |= parts_of(kind)
+    return found
 
 
-@pytest.mark.parametrize("model", models_of(plans), ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", sorted(parts_of(plans.Plan), key=str), ids=lambda model: model.__name__)
 def test_no_field_of_a_plan_has_a_default(model: type[BaseModel]) -> None:
     assert model.model_fields
     assert [name for name, field in model.model_fields.items() if not field.is_required()] == []
 
 
 def test_defaults_of_every_part_of_the_plan_are_looked_for() -> None:
-    found = {model.__name__ for model in models_of(plans)}
-    chosen = {
-        kind.__name__ for union in (plans.Model, plans.Privacy) for kind in get_args(get_args(union)[0])
-    }
-    assert chosen | {"Plan", "Training", "Augmentation", "Preprocessing", "Evaluation", "FedAvg"} == found
+    found = {model.__name__ for model in parts_of(plans.Plan)}
+    assert found >= {"Cnn", "DpSgd", "NoPrivacy", "Augmentation", "FedAvg", "Median", "Number", "Category"}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pydicom
 import pytest
 import yaml
 from flwr.app import ArrayRecord, Message
@@ -18,7 +19,7 @@ from client.site import open_site
 from client.work import planned_spends
 from common.plan import Plan
 from common.privacy import epsilon, merged
-from tests import plans, wire
+from tests import plans, planted, wire
 from tests.test_deployment import BINARIES, ROOT, Federation, free_ports, wait_for
 from tests.test_docs import PRIVACY, quoted, table
 
@@ -88,6 +89,9 @@ def with_names(directory: Path) -> None:
     image = draw(random_anatomy(rng, diseased=False, difficulty=Difficulty()), scanner, rng)
     path = folder / f"{NUMBER}.dcm"
     dicom_file.write(path, image, scanner=scanner, patient_id=NUMBER, study=FAMILY, instance=1)
+    dataset = pydicom.dcmread(path)
+    planted.name_all(dataset)
+    dataset.save_as(path)
     assert NUMBER.encode() in path.read_bytes()
     broken = folder / f"{GIVEN}.dcm"
     broken.write_bytes(path.read_bytes()[:400] + f"{FAMILY}^{GIVEN}".encode())
@@ -211,12 +215,26 @@ def kind_of(reply: Message) -> str:
 def test_no_name_in_paths_tags_tables_or_broken_files_is_sent(federation: Federation) -> None:
     sent = wire.raw(federation.directory / "recorded")
     assert len(sent) > 100_000
+    assert planted.found(sent, [planted.DATE, *planted.HEADERS.values()]) == set()
     for secret in (FAMILY, GIVEN, NUMBER):
         for form in (secret, secret.lower(), secret.upper()):
             for encoding in ("utf-8", "utf-16-le", "utf-16-be"):
                 assert form.encode(encoding) not in sent, (form, encoding)
     table = (federation.directory / "north" / "cases.csv").read_bytes()
     assert FAMILY.encode() in table, "there was something to find"
+
+
+def test_no_name_is_in_a_file_that_the_product_wrote_outside_private(federation: Federation) -> None:
+    home = federation.home.runs.parent
+    places = [home, *(federation.directory / name / made for name in NAMES for made in ("state", "cache"))]
+    files = [path for place in places for path in sorted(place.rglob("*")) if path.is_file()]
+    assert {"agent.log", "ledger.sqlite", "index.json", "report.json"} <= {path.name for path in files}
+    for path in files:
+        content = path.read_bytes().replace(str(federation.directory).encode(), b"")  # has a name of its own
+        words = (FAMILY, GIVEN, NUMBER, planted.DATE, *planted.HEADERS.values())
+        assert planted.found(str(path.relative_to(federation.directory)).encode() + content, words) == set()
+    used = b"".join(path.read_bytes() for path in federation.directory.rglob("used_cases.parquet"))
+    assert FAMILY.encode() in used, "the hospital itself is told"
 
 
 def test_the_recorder_sees_what_a_site_sends(federation: Federation) -> None:

@@ -14,10 +14,16 @@ import numpy.typing as npt
 import pytest
 import yaml
 from flwr.app import Context, Message, RecordDict
+from pydantic import TypeAdapter
 
 from client import app, rehearsal, skeleton, worker
 from client.agent import SUPERSEDED
+from client.bids import Bids
+from client.folders import Folders
+from client.listing import Listing
+from client.pairs import Pairs
 from client.site import SiteSettings
+from client.table import Table
 from common import exchange, flower, metrics
 from common.bins import bin_edges
 from common.calibration import noise_multiplier
@@ -59,10 +65,16 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
     north = write_site(directory / "north", unsafe_allow_no_privacy=True)
     public = {"train": 0.0, "validation": 0.0, "test": 1.0}
     east = write_site(directory / "east", name="east", role="evaluation", data="public", split=public)
+    west = write_site(directory / "west", name="west", masks=True, unsafe_allow_no_privacy=True)
     quick = {"preprocessing": "grey28", "training__local_steps": 1, "training__expected_batch": 4}
     private, exact = plans.plan(**quick), plans.plan(**quick, privacy="none")
+    drawn = {**quick, "target": "mask", "classes": ("background", "square"), "model": "unet"}
+    masks, exact_masks = plans.plan(**drawn), plans.plan(**drawn, privacy="none")
     found = set()
-    for site, plan in ((north, private), (north, exact), (east, private)):
+    for site, plan in (
+        *((north, private), (north, exact), (east, private)),
+        *((west, masks), (west, exact_masks)),
+    ):
         rehearsed = rehearsal.rehearse(site, plan)
         assert rehearsed.status == "approved", rehearsed.reason
         found |= {(field.message.partition(" ")[0], field.field) for field in rehearsed.fields}
@@ -259,6 +271,12 @@ def test_decisions_are_numbered_without_gap_and_short() -> None:
         lines = path.read_text(encoding="utf-8").splitlines()
         assert path.name.startswith(f"{number:03d}-") and lines[0].startswith(f"# {number:03d} ")
         assert len(lines) <= 30, path.name
+
+
+def test_listings_in_the_documents_are_settings_of_a_site() -> None:
+    blocks = re.findall(r"```yaml\n(cases:.*?)```", (DOCS / "tables.md").read_text(encoding="utf-8"), re.S)
+    kinds = {type(TypeAdapter(Listing).validate_python(yaml.safe_load(block)["cases"])) for block in blocks}
+    assert kinds == {Table, Folders, Pairs, Bids}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

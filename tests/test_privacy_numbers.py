@@ -201,5 +201,5 @@ def test_noise_of_a_released_histogram_is_one_function_for_site_and_server() -> 
     for classes, heads in ((("a", "b"), 1), (("a", "b", "c"), 4)):
         many = plan(classes=classes)
         multiplier = mechanism(many, nominal_patients=400).evaluation_noise_multiplier["test"]
-        std = calibration.histogram_noise_std(many, nominal_patients=400, part="test")
+        std = calibration.measure_noise_std(many, nominal_patients=400, part="test")
         assert std == multiplier * math.sqrt(heads)

@@ -16,19 +16,18 @@ from rich.console import Console
 from common import metrics
 from common.errors import StateError
 from common.metrics import Histogram, Scores
-from common.plan import canonical_json
+from common.value import canonical_json
 from server import page
 from server.report import (
     Participation,
     Privacy,
     Report,
-    Result,
     Round,
     SitePrivacy,
-    SiteResult,
     Timing,
     Versions,
 )
+from server.result import Result, SiteResult
 from server.summary import summary_table
 
 NAMES = ["aspen", "birch", "cedar", "elder", "hazel", "juniper"]
@@ -47,7 +46,9 @@ DP_SGD = {
 
 def plan(*, rounds, sites, privacy):
     return {
-        "schema_version": 1,
+        "schema_version": 2,
+        "target": "class",
+        "clinical": [],
         "study": "chest-opacity",
         "classes": ["normal", "opacity"],
         "randomness": "secure",
@@ -60,7 +61,8 @@ def plan(*, rounds, sites, privacy):
         "grace_seconds": 60.0,
         "model": {"name": "cnn", "channels": [16, 32, 64], "groups": 8},
         "preprocessing": {
-            "channels": 1, "size": [64, 64], "scaling": "percentile", "lower": 1.0, "upper": 99.0
+            "inputs": ["image"], "channels": 1, "size": [64, 64], "precision": "uint8",
+            "steps": [{"name": "percentile", "lower": 1.0, "upper": 99.0}, {"name": "resize"}],
         },
         "training": {
             "local_steps": 4, "expected_batch": 48, "cases_per_patient": 2, "physical_batch": 64,
@@ -135,7 +137,7 @@ def example(
         ],
         final=Result.merged(released, noise_std=dict.fromkeys(names, noise), bins=10)
         if tested
-        else Result.unknown(),
+        else Result.merged({}, noise_std={}, bins=10),
         privacy=costs(names, seeded=seeded) if private else no_privacy(seeded=seeded),
         participation={name: participation(name, done=done, tells=False) for name in names},
         timing=Timing(wall_seconds=1234.0, training_seconds=1011.2, overhead_seconds=222.8),

@@ -13,7 +13,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 
 from common import exchange, metrics, model
-from common.calibration import histogram_noise_std
+from common.calibration import measure_noise_std
 from common.errors import QuorumNotReached
 from common.exchange import Prepared, Scored, Task, Update
 from common.metrics import Histogram
@@ -425,7 +425,7 @@ def test_noise_in_released_counts_is_computed_from_public_values(tmp_path: Path)
         }
     )
     nominal = {"a": 100, "b": 4000}
-    stds = {n: histogram_noise_std(plan, nominal_patients=nominal[n], part="test") for n in nominal}
+    stds = {n: measure_noise_std(plan, nominal_patients=nominal[n], part="test") for n in nominal}
     assert stds["b"] > 2 * stds["a"] > 0
     grid = InlineGrid({n: scoring_site(plan, n, nominal_patients=nominal[n]) for n in nominal})
     app.coordinate(grid, plan, run="r", directory=tmp_path, heads=Heads(tmp_path / "heads"), engine="test")

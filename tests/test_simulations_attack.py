@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from client import clinical
 from client.cohort import Part
 from client.noise import Key, secure_key
 from client.training import train_by_plan
@@ -67,7 +68,8 @@ def part_of(num_patients: int = 40, *, cases: int = 2, seed: int = 7) -> Part:
     rng = np.random.default_rng(seed)
     images = rng.integers(0, 256, (num_patients * cases, 1, 8, 8), dtype=np.uint8)
     patients = tuple(np.arange(num_patients * cases).reshape(num_patients, cases))
-    return Part(images=images, labels=rng.integers(0, 2, num_patients * cases), patients=patients)
+    targets = rng.integers(0, 2, num_patients * cases)
+    return Part(images=images, targets=targets, values=clinical.none(len(images)), patients=patients)
 
 
 def mechanism(noise_multiplier: float = 1.0, *, sample_rate: float = 1.0) -> Mechanism:

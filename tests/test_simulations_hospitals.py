@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 
 from client import images
-from client.site import open_site
+from client.case import Case
+from client.site import SiteSettings, open_site
 from client.split import read_key
-from common.errors import DataError
-from simulations import medmnist
+from common.errors import DataError, UserError
+from simulations import medmnist, site_files
 from simulations.hospitals import (
-    CaseRow,
     DirectorySource,
     MedMnistSource,
     PhantomSource,
@@ -33,7 +33,14 @@ PNEUMONIA = Path(__file__).resolve().parents[2] / "shared" / "data" / "medmnist"
 
 def phantoms(**changes: Any) -> PhantomSource:
     source = PhantomSource(
-        num_sites=2, patients_per_site=10, seed=0, image_size=48, max_epsilon=3.0, delta=1e-4
+        num_sites=2,
+        patients_per_site=10,
+        seed=0,
+        image_size=48,
+        marker_effect=None,
+        marker_missing_fraction=0.0,
+        max_epsilon=3.0,
+        delta=1e-4,
     )
     return replace(source, **changes)
 
@@ -188,7 +195,7 @@ def test_interrupted_writing_leaves_what_was_there(tmp_path: Path) -> None:
     directory = tmp_path / "sites"
     prepare_sites(directory, source=phantoms(patients_per_site=2), num_workers=1)
     before = contents(directory)
-    broken = Interrupted(num_sites=2, patients_per_site=2, seed=5, image_size=48, max_epsilon=3.0, delta=1e-4)
+    broken = Interrupted(**vars(phantoms(patients_per_site=2, seed=5)))
     with pytest.raises(KeyboardInterrupt):
         prepare_sites(directory, source=broken, num_workers=1)
     assert contents(directory) == before
@@ -205,27 +212,12 @@ def test_leftovers_of_a_killed_process_are_removed(tmp_path: Path) -> None:
 
 
 def test_written_site_can_be_read(tmp_path: Path) -> None:
-    settings = dict(
-        name="north",
-        role="training",
-        data="private",
-        nominal_patients=84,
-        patient_is="column",
-        split={"train": 0.7, "validation": 0.1, "test": 0.2},
-        max_epsilon=3.0,
-        delta=1e-5,
-        study_budgets=(),
-        unsafe_allow_seeded_noise=True,
-        unsafe_allow_no_privacy=False,
-        approve="all",
-        max_repeats=2,
-        threads=1,
-    )
-    case = CaseRow(image='images/a, "b".png', label="normal", patient_id="7")
-    write_site(tmp_path / "north", settings=settings, rows=[case], split_key=bytes(range(32)))
+    settings = site_files.settings(name="north", num_patients=120, max_epsilon=3.0, delta=1e-5)
+    case = Case(images=('images/a, "b".png',), labels=("normal",), patient="7")
+    write_site(tmp_path / "north", settings=settings, cases=[case], split_key=bytes(range(32)))
     opened = open_site(tmp_path / "north")
     assert opened.settings.delta == 1e-5
-    assert opened.settings.model_dump() == settings
+    assert opened.settings == SiteSettings.model_validate(settings)
     assert read_key(opened) == bytes(range(32))
     assert rows(tmp_path / "north") == [{"image": 'images/a, "b".png', "label": "normal", "patient_id": "7"}]
 
@@ -297,7 +289,8 @@ def test_changed_file_is_another_source(tmp_path: Path) -> None:
     [
         ({"val_labels": None}, "the array val_labels"),
         ({"train_images": np.zeros((60, 9, 9), np.float32)}, "train_images of uint8"),
-        ({"train_images": np.zeros((60, 9, 9, 9), np.uint8)}, "two-dimensional"),
+        ({"train_images": np.zeros((60, 9, 9, 9), np.uint8)}, "images of one shape"),
+        ({"train_images": np.zeros((60, 9), np.uint8)}, "two or three axes"),
         ({"train_labels": np.zeros((60, 14), np.uint8)}, "single-label"),
         ({"train_labels": np.zeros((59, 1), np.uint8)}, "single-label"),
         ({"train_labels": np.zeros((60, 1), np.float32)}, "single-label"),
@@ -388,12 +381,13 @@ def test_minimum_that_no_draw_reaches_is_an_error_with_a_remedy() -> None:
 def test_directories_that_exist_are_taken_as_they_are(tmp_path: Path) -> None:
     prepare_sites(tmp_path / "sites", source=phantoms(patients_per_site=2), num_workers=1)
     before = contents(tmp_path / "sites")
-    sites = prepare_sites(tmp_path / "unused", source=DirectorySource(directory=tmp_path / "sites"))
+    source = DirectorySource(directory=tmp_path / "sites", from_pacs=False)
+    sites = prepare_sites(tmp_path / "unused", source=source)
     assert [site.name for site in sites] == ["site-1", "site-2"]
     assert contents(tmp_path / "sites") == before
     assert not (tmp_path / "unused").exists()
     with pytest.raises(DataError, match="feverfew-client init"):
-        prepare_sites(tmp_path, source=DirectorySource(directory=tmp_path / "nowhere"))
+        prepare_sites(tmp_path, source=DirectorySource(directory=tmp_path / "nowhere", from_pacs=False))
 
 
 def test_record_says_what_made_the_sites(tmp_path: Path) -> None:
@@ -421,3 +415,9 @@ def test_pneumonia_file_is_divided_over_eight_sites() -> None:
     assert (len(labels), len(parts["test"].labels)) == (5232, 624)
     assert sorted(np.concatenate(sites)) == list(range(5232))
     assert min(len(cases) for cases in sites) >= 100
+
+
+def test_sites_that_are_to_fetch_and_name_no_pacs_are_refused(tmp_path: Path) -> None:
+    prepare_sites(tmp_path / "sites", source=phantoms(num_sites=1, patients_per_site=1))
+    with pytest.raises(UserError, match="pacs"):
+        prepare_sites(tmp_path, source=DirectorySource(directory=tmp_path / "sites", from_pacs=True))

@@ -48,6 +48,7 @@ def test_it_is_the_noise_that_keeps_the_image_and_not_the_clip() -> None:
     assert found.with_privacy.rank == 1
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_images_and_another_seed_others() -> None:
     brief = TRIAL.model_copy(update={"iterations": 3, "num_patients": 2})
     told: list[tuple[int, int]] = []

@@ -151,10 +151,12 @@ def test_models_are_judged_by_true_labels_on_patients_they_have_not_seen() -> No
     assert accuracy(confidence, is_wrong=is_wrong, is_member=is_member) == pytest.approx(2 / 3)
 
 
+@pytest.mark.slow
 def test_model_without_privacy_has_learned_something(found: membership.Membership) -> None:
     assert 0.6 < found.none.accuracy < 1
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_figures() -> None:
     brief = TRIAL.model_copy(update={"local_steps": 2, "num_models": 5})
     told_models: list[tuple[int, int]] = []
@@ -190,11 +192,11 @@ def test_keys_are_fresh_unless_the_plan_is_seeded() -> None:
 
 
 def test_phantom_patients_are_as_a_site_would_have_them() -> None:
-    asked = plan(preprocessing__size=(16, 16)).preprocessing
+    asked = plan(preprocessing__size=(16, 16)).asked
     part = phantom_part(30, cases_per_patient=2, asked=asked, image_size=32, seed=1)
     assert part.images.shape == (60, 1, 16, 16) and part.images.dtype == np.uint8
     assert [own.tolist() for own in part.patients] == [[2 * n, 2 * n + 1] for n in range(30)]
-    labels = part.labels.reshape(30, 2)
+    labels = part.targets.reshape(30, 2)
     assert (labels[:, 0] == labels[:, 1]).all() and 5 < labels[:, 0].sum() < 25
     again = phantom_part(30, cases_per_patient=2, asked=asked, image_size=32, seed=1)
     assert np.array_equal(part.images, again.images)

@@ -73,6 +73,7 @@ def test_a_mistake_gives_one_clear_line_and_exit_code_2(
     require_one_clear_line(overrides, named, place=tmp_path, monkeypatch=monkeypatch, capsys=capsys)
 
 
+@pytest.mark.slow
 def test_an_impossible_privacy_target_gives_one_clear_line_and_exit_code_2(
     sites: Path, tmp_path: Path
 ) -> None:
@@ -82,6 +83,7 @@ def test_an_impossible_privacy_target_gives_one_clear_line_and_exit_code_2(
     assert "target_epsilon" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_case_table_without_a_patient_column_gives_one_clear_line_and_exit_code_2(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_site(tmp_path / "sites" / name, name=name, num_patients=4)

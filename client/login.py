@@ -1,0 +1,65 @@
+"""Who we are to the PACS, and whom we take for it: credentials and certificates."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from client.pacs_settings import Authentication, Basic, Token
+from common import keys
+from common.errors import ConfigError
+
+
+def trust(path: str | None, *, directory: Path) -> ssl.SSLContext:
+    """Returns whom to trust: the certificates in a file, or those of this machine.
+
+    Raises:
+        ConfigError: no certificates in the file.
+    """
+    if path is None:
+        return ssl.create_default_context()
+    try:
+        return ssl.create_default_context(cafile=directory / path)
+    except (OSError, ssl.SSLError):
+        raise ConfigError(
+            "Expected certificates (PEM) in the file that ca_certificate names, found none; see site.yaml."
+        ) from None
+
+
+def auth(authentication: Authentication, *, directory: Path) -> httpx.Auth | None:
+    """Returns what adds the credentials to each request; they are read from the files that hold them.
+
+    Raises:
+        UserError: a file that is missing, that others can read, or that holds something else.
+    """
+    if isinstance(authentication, Basic):
+        password = _secret(directory / authentication.password_file).rstrip(b"\r\n")
+        return httpx.BasicAuth(authentication.user.encode(), password)
+    if isinstance(authentication, Token):
+        return _Bearer(_token(directory / authentication.token_file))
+    return None
+
+
+def _token(path: Path) -> str:
+    token = _secret(path).strip()
+    if not token or not all(33 <= byte < 127 for byte in token):
+        raise ConfigError("Expected one token in the file that token_file names, found other text.")
+    return token.decode("ascii")
+
+
+def _secret(path: Path) -> bytes:
+    if not path.is_file():
+        raise ConfigError(f"Expected the file {path} that site.yaml names, found none; write it, mode 0600.")
+    return keys.read_secret(path)
+
+
+class _Bearer(httpx.Auth):
+    def __init__(self, token: str) -> None:
+        self._value = f"Bearer {token}"
+
+    def auth_flow(self, request: httpx.Request) -> Any:
+        request.headers["Authorization"] = self._value
+        yield request

@@ -1,0 +1,141 @@
+"""Which cases a run used: ``private/runs/<run>/used_cases.parquet``, a row for each case and part.
+
+So the hospital can say whether a patient's image was in a model. A case counts as used from the first task
+that may draw it: which patients the steps drew is random, kept nowhere, and part of the privacy guarantee.
+Nothing of this leaves the site.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from client import files
+from client.frozen import FrozenCase
+from client.site import Site
+from common.errors import StateError
+
+FILE = "used_cases.parquet"
+KEY = ("images", "patient", "content", "part", "cohort_version", "plan_hash")
+COLUMNS = (*KEY, "first_used")
+
+Key = tuple[tuple[str, ...], str, str, str, str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Use:
+    """How a run used a patient's cases: ``cases`` of them in ``part``, the first time at ``first_used``
+    (UTC)."""
+
+    run: str
+    plan_hash: str
+    part: str
+    cohort_version: str
+    cases: int
+    first_used: datetime
+
+
+def record(
+    site: Site, *, run: str, plan_hash: str, part: str, cohort_version: str, cases: Sequence[FrozenCase]
+) -> None:
+    """Adds to a run's file the cases that it does not have yet; nothing is ever taken out.
+
+    The file is replaced in one step and durable on return, so a release may follow. Several processes may
+    record at a time.
+
+    Raises:
+        StateError: the file is damaged; it is left as it is.
+    """
+    directory = files.private_directory(files.private_directory(site.runs) / run)
+    with FileLock(site.runs / ".lock", mode=0o600):
+        before = _read(directory / FILE) if (directory / FILE).exists() else None
+        known = set() if before is None else set(_keys(before))
+        keys = [_key(one, part, cohort_version, plan_hash) for one in cases]
+        new = [key for key in keys if key not in known]
+        if new or before is None:
+            files.write_private(directory / FILE, content=_content(before, new))
+            for changed in (directory, site.runs, site.runs.parent):
+                files.sync(changed)
+
+
+def find(site: Site, *, patient: str) -> tuple[Use, ...]:
+    """Returns the uses of a patient's cases, by run and part, the oldest first.
+
+    Raises:
+        StateError: the file of a run is damaged.
+    """
+    found = [use for path in sorted(site.runs.glob(f"*/{FILE}")) for use in _uses(path, patient)]
+    return tuple(sorted(found, key=lambda use: (use.first_used, use.run, use.part)))
+
+
+def _uses(path: Path, patient: str) -> list[Use]:
+    import pyarrow.compute
+
+    table = _read(path)
+    rows = table.filter(pyarrow.compute.equal(table["patient"], patient)).to_pylist()
+    named = ("part", "plan_hash", "cohort_version")
+    counts = Counter(tuple(row[name] for name in named) for row in rows)
+    first: dict[tuple[str, ...], datetime] = {}
+    for row in rows:
+        key = tuple(row[name] for name in named)
+        first[key] = min(row["first_used"], first.get(key, row["first_used"]))
+    return [
+        Use(run=path.parent.name, cases=count, first_used=first[key], **dict(zip(named, key, strict=True)))
+        for key, count in counts.items()
+    ]
+
+
+def _key(one: FrozenCase, part: str, cohort_version: str, plan_hash: str) -> Key:
+    return (one.case.images, one.case.patient, one.content, part, cohort_version, plan_hash)
+
+
+def _keys(table: Any) -> list[Key]:
+    images, *others = (table[name].to_pylist() for name in KEY)
+    return list(zip(map(tuple, images), *others, strict=True))
+
+
+def _content(before: Any, new: Sequence[Key]) -> bytes:
+    """Returns the file with the rows of before and the new ones, which begin now."""
+    import pyarrow  # takes longer to import than the file to write
+    from pyarrow import parquet
+
+    columns: list[list[Any]] = [[key[place] for key in new] for place in range(len(KEY))]
+    columns.append([datetime.now(UTC)] * len(new))
+    added = pyarrow.table(columns, schema=_schema())
+    stream = io.BytesIO()
+    parquet.write_table(added if before is None else pyarrow.concat_tables([before, added]), stream)
+    return stream.getvalue()
+
+
+def _schema() -> Any:
+    import pyarrow
+
+    kinds = dict.fromkeys(COLUMNS, pyarrow.string())
+    kinds |= {"images": pyarrow.list_(pyarrow.string()), "first_used": pyarrow.timestamp("ms", tz="UTC")}
+    return pyarrow.schema(kinds)
+
+
+def _read(path: Path) -> Any:
+    """Returns the table of a run.
+
+    Raises:
+        StateError: the file is damaged.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            return file.read(use_threads=False).cast(_schema())
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise StateError(
+            f"Expected the used cases of a run in {path}, found damage ({type(error).__name__}); restore it "
+            "from a backup, or move it to a place where it is kept."
+        ) from None
