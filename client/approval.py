@@ -6,8 +6,8 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
-from client.replies import write_durably
 from client.site import Site
+from common import durable
 from common.errors import Refusal
 from common.plan import NoPrivacy, Plan
 
@@ -65,4 +65,4 @@ def _write(directory: Path, plan: Plan) -> None:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "plan": plan.model_dump(mode="json"),
     }
-    write_durably(directory / f"{plan.hash}.json", json.dumps(record, indent=1).encode())
+    durable.write(directory / f"{plan.hash}.json", json.dumps(record, indent=1).encode())

@@ -82,12 +82,3 @@ def write_private(path: Path, *, content: bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
-
-
-def sync(directory: Path) -> None:
-    """Makes the names in a directory durable: what was made, replaced or removed there stays so."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -16,8 +16,7 @@ from typing import Any, Final
 
 from filelock import FileLock
 
-from client.replies import write_durably
-from common import chain
+from common import chain, durable
 from common.chain import GENESIS, Head
 from common.errors import LedgerError
 from common.keys import PrivateKey
@@ -227,7 +226,7 @@ class Journal:
 
 
 def _write_head(path: Path, head: Head) -> None:
-    write_durably(path, json.dumps(asdict(head)).encode())
+    durable.write(path, json.dumps(asdict(head)).encode())
 
 
 def read_head(path: Path) -> Head | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from common import durable
 from common.errors import StateError
 
 
@@ -28,7 +28,7 @@ def store(directory: Path, task: str, reply: Reply) -> None:
     """Writes a reply under its task's identity, atomically and durably."""
     directory.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in reply.arrays.items()}
-    write_durably(
+    durable.write(
         directory / f"{task}.safetensors", save(arrays, metadata={"fields": json.dumps(dict(reply.fields))})
     )
 
@@ -49,18 +49,3 @@ def load(directory: Path, task: str) -> Reply | None:
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StateError(f"Expected a stored reply in {path.name}, found damage: {error}.") from None
     return Reply(arrays=arrays, fields=fields)
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Writes a file so that after a crash it is there whole or not at all (fsync, rename, fsync)."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

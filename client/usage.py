@@ -20,6 +20,7 @@ from filelock import FileLock
 from client import files
 from client.frozen import FrozenCase
 from client.site import Site
+from common import durable
 from common.errors import StateError
 
 FILE = "used_cases.parquet"
@@ -62,7 +63,7 @@ def record(
         if new or before is None:
             files.write_private(directory / FILE, content=_content(before, new))
             for changed in (directory, site.runs, site.runs.parent):
-                files.sync(changed)
+                durable.sync_directory(changed)
 
 
 def find(site: Site, *, patient: str) -> tuple[Use, ...]:

@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from client import files
 from client.site import Site
+from common import durable
 from common.errors import StateError, UserError
 from common.value import Value
 
@@ -111,7 +112,7 @@ def _append(site: Site, *, patient: str, event: Literal["withdrawn", "undone"]) 
 def _write(path: Path, events: Sequence[Event]) -> None:
     trees = [event.model_dump(mode="json") for event in events]
     files.write_private(path, content=json.dumps(trees, indent=1, ensure_ascii=False).encode())
-    files.sync(path.parent)
+    durable.sync_directory(path.parent)
 
 
 def _path(site: Site) -> Path:

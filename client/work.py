@@ -14,13 +14,13 @@ from pathlib import Path
 from safetensors.numpy import save
 from torch import nn
 
-from client import approval, evaluation, quarantine, release, replies, training, usage, withdrawal
+from client import approval, evaluation, quarantine, release, training, usage, withdrawal
 from client.cohort import Cohort, Part, open_cohort
 from client.files import private_directory
 from client.noise import Key, secure_key, seeded_key
 from client.replies import Reply
 from client.site import Site
-from common import model
+from common import durable, model
 from common.asked import Asked
 from common.calibration import Mechanism, mechanism, run_spends
 from common.errors import LedgerError, PrivacyTargetError, Refusal
@@ -148,9 +148,9 @@ def keep_model(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Pat
     _require_shape(network, task)
     directory = site.state / "models" / task.run
     directory.mkdir(parents=True, exist_ok=True)
-    replies.write_durably(directory / "plan.json", plan.to_json().encode())
+    durable.write(directory / "plan.json", plan.to_json().encode())
     named = model.named_arrays(network, task.parameters)
-    replies.write_durably(directory / "model.safetensors", save(named))
+    durable.write(directory / "model.safetensors", save(named))
     _trail(site).record("model_received", run=task.run, plan_hash=plan.hash)
     return directory
 

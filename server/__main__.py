@@ -63,6 +63,11 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--json", action="store_true", help="print the outcome as JSON on standard output")
     submit.set_defaults(verb=_submit)
 
+    stop = verbs.add_parser("stop", help="end a run for good; its last good model stays")
+    stop.add_argument("home", type=Path)
+    stop.add_argument("run", help="our id of the run")
+    stop.set_defaults(verb=_stop)
+
     show = verbs.add_parser("status", help="show processes, sites and runs")
     show.add_argument("home", type=Path)
     show.add_argument("--json", action="store_true")
@@ -117,7 +122,7 @@ def _submit(arguments: argparse.Namespace) -> int:
     print(f"run {run} of plan {plan.hash[:12]} was submitted", file=sys.stderr)
     if not arguments.follow:
         if arguments.json:
-            print(json.dumps({"run": run, "flower_run": submitted.flower_run}))
+            print(json.dumps({"run": run}))
         return 0
     try:
         with Progress(num_rounds=plan.rounds) as progress:
@@ -129,6 +134,12 @@ def _submit(arguments: argparse.Namespace) -> int:
         print(outcome.to_json())
     print(outcome.to_text(), file=sys.stderr)
     return 0 if outcome.is_success else 1
+
+
+def _stop(arguments: argparse.Namespace) -> int:
+    submission.stop(open_home(arguments.home), arguments.run)
+    print(f"run {arguments.run} was stopped")
+    return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:

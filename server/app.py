@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from common import model
-from common.errors import QuorumNotReached
+from common import durable, model
+from common.errors import FeverfewError, QuorumNotReached
 from common.flower import shorten_backoff
 from common.plan import Plan
 from common.trail import Trail
@@ -19,6 +21,7 @@ from server import checkpoint
 from server.checkpoint import RunState
 from server.heads import Heads
 from server.rounds import Released, Rounds
+from server.run_record import EVENTS, PLAN, End, RunRecord
 from server.story import Status, report_of
 from server.strategy import FedAvg
 
@@ -31,14 +34,38 @@ def main(grid: Grid, context: Context) -> None:
     shorten_backoff()
     plan = Plan.from_json(str(context.run_config["plan"]))
     run = str(context.run_config["run"])
-    coordinate(
-        grid,
-        plan,
-        run=run,
-        directory=run_directory(run),
-        heads=Heads(Path(os.environ["FEVERFEW_HEADS_DIRECTORY"])),
-        engine=engine(),
-    )
+    record = RunRecord(directory=run_directory(run))
+    if record.is_stopped:
+        return
+    record.directory.mkdir(parents=True, exist_ok=True)
+    record.begin_life(context.run_id)
+    with noted_end(record):
+        coordinate(
+            grid,
+            plan,
+            run=run,
+            directory=record.directory,
+            heads=Heads(Path(os.environ["FEVERFEW_HEADS_DIRECTORY"])),
+            engine=engine(),
+        )
+
+
+@contextmanager
+def noted_end(record: RunRecord) -> Iterator[None]:
+    """Notes how a run ended, where it did.
+
+    What Feverfew raises on purpose is an end. Anything else may pass (a full disk, a SuperLink that is
+    away) and leaves the run open: it is started again, for a number of times.
+    """
+    try:
+        yield
+    except QuorumNotReached as error:
+        record.finish(End(status="quorum_not_reached", message=str(error)))
+        raise
+    except FeverfewError as error:
+        record.finish(End(status="failed", message=str(error)))
+        raise
+    record.finish(End(status="completed", message=""))
 
 
 def run_directory(run: str) -> Path:
@@ -61,8 +88,8 @@ def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Head
         QuorumNotReached: the run stopped early; its report and the last good model are written.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-    trail = Trail(directory / "events.jsonl")
+    durable.write(directory / PLAN, plan.to_json().encode())
+    trail = Trail(directory / EVENTS)
     checkpoints = directory / "checkpoints"
     state = checkpoint.latest(checkpoints, run=run, plan_hash=plan.hash) or _first(plan, run=run)
     trail.record("run_started", run=run, plan_hash=plan.hash, rounds=plan.rounds, round=state.server_round)
@@ -90,7 +117,7 @@ def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Head
         raise
     finally:
         named = model.named_arrays(model.build(plan), rounds.state.parameters)
-        save_file(named, directory / "model.safetensors")
+        durable.write(directory / "model.safetensors", save(named))
         report_of(rounds.state, plan=plan, released=released, status=status, engine=engine).write(directory)
         trail.record("run_finished" if status == "completed" else "run_failed", status=status)
 

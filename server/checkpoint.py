@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
+from common import durable
 from common.errors import StateError
 from common.exchange import Prepared
 from common.model import FlatArray
@@ -90,7 +91,7 @@ def save_state(directory: Path, state: RunState) -> None:
     final = directory / f"{state.server_round:06d}"
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
-    _sync_directory(directory)
+    durable.sync_directory(directory)
     for old in _saved(directory)[:-_KEPT]:
         shutil.rmtree(old)
 
@@ -112,6 +113,11 @@ def latest(directory: Path, *, run: str, plan_hash: str) -> RunState | None:
             "plan's; move the folder away to begin again."
         )
     return None
+
+
+def newest_round(directory: Path) -> int:
+    """Returns the round after which a run was saved last; 0 if never."""
+    return max((int(path.name) for path in _saved(directory)), default=0)
 
 
 def _saved(directory: Path) -> list[Path]:
@@ -151,11 +157,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,13 +7,12 @@ themselves never leave the site.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from flwr.app import RecordDict
 
-from common import exchange
+from common import durable, exchange
 from common.chain import Head
 from common.errors import InvalidReply
 
@@ -37,9 +36,7 @@ class Heads:
         if head is None or (known is not None and known.number >= head.number):
             return
         self._directory.mkdir(parents=True, exist_ok=True)
-        temporary = self._path(site).with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(head)), encoding="ascii")
-        os.replace(temporary, self._path(site))
+        durable.write(self._path(site), json.dumps(asdict(head)).encode())
 
     def _path(self, site: str) -> Path:
         return self._directory / f"{site}.json"

@@ -62,6 +62,8 @@ class Progress:
                 self._tell(f"round {number}: no valid reply of {site}: {code}")
             case {"event": "reply_late", "site": site, "round": number}:
                 self._tell(f"round {number}: {site} was too late")
+            case {"event": "restarted", "process": process}:
+                self._tell(f"the coordinator's {process} was lost and is started again")
             case {"event": "quorum_not_reached", "message": message}:
                 self._tell(str(message))
 

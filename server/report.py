@@ -6,14 +6,13 @@ Keys that are unknown are left out or written as null: see ``server/result.py``.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import AwareDatetime, ValidationError
 
-from common import measure
+from common import durable, measure
 from common.dice import DiceScores
 from common.errors import StateError
 from common.measure import Exact, Headline
@@ -129,8 +128,8 @@ class Report(Part):
     def write(self, directory: Path) -> None:
         """Writes ``report.json`` and ``report.html``; a reader sees an old file or a whole new one."""
         directory.mkdir(parents=True, exist_ok=True)
-        _replace(directory / JSON_NAME, self.to_json())
-        _replace(directory / HTML_NAME, page.render(self))
+        durable.write(directory / JSON_NAME, self.to_json().encode())
+        durable.write(directory / HTML_NAME, page.render(self).encode())
 
     @classmethod
     def read(cls, directory: Path) -> Report:
@@ -196,12 +195,3 @@ def _updated(parts: Mapping[str, P], facts: Mapping[str, Mapping[str, Any]]) -> 
         site: type(part).model_validate({**part.model_dump(), **facts.get(site, {})})
         for site, part in parts.items()
     }
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 
 import httpx
 
-from server import enrolment
-from server.control import FlowerRun, Node
+from server import checkpoint, enrolment
+from server.control import Node
 from server.home import Home
-from server.supervisor import Identity, pid_file
+from server.process import Identity
+from server.run_record import SUBMISSION, RunRecord
+from server.supervisor import pid_file
 
 PROCESSES = ("supervisor", "superlink", "superexec", "gateway")
 OFFLINE = "offline"
@@ -19,11 +21,11 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True, kw_only=True)
 class RunLine:
-    """One run under our id, with Flower's word for how it goes."""
+    """One run: ``waiting`` for its start, ``running``, ``lost`` and soon started again, or how it ended."""
 
     run: str
-    flower_run: int
     status: str
+    server_round: int
     details: str
 
 
@@ -45,27 +47,32 @@ class Status:
             for name, pid in self.processes.items()
         ]
         lines += [f"site     {name:<12} {state}" for name, state in self.sites.items()]
-        lines += [f"run      {line.run:<12} {line.status} {line.details}".rstrip() for line in self.runs]
+        lines += [
+            f"run      {line.run:<12} {line.status} after round {line.server_round} {line.details}".rstrip()
+            for line in self.runs
+        ]
         return "\n".join(lines)
 
 
 def status(home: Home) -> Status:
     """Asks the coordinator's processes, or what they have left when they do not run."""
     processes = {name: Identity.read(pid_file(home, name)) for name in PROCESSES}
-    nodes, runs = _ask(home)
+    nodes = _ask(home)
     return Status(
         processes={name: None if found is None else found.pid for name, found in processes.items()},
         sites=_sites(home, nodes),
-        runs=[] if runs is None else [_run_line(run) for run in runs],
+        runs=[
+            _run_line(RunRecord(directory=path.parent)) for path in sorted(home.runs.glob(f"*/{SUBMISSION}"))
+        ],
     )
 
 
-def _ask(home: Home) -> tuple[list[Node] | None, list[FlowerRun] | None]:
+def _ask(home: Home) -> list[Node] | None:
     try:
         with home.control() as control:
-            return control.nodes(), control.runs()
+            return control.nodes()
     except httpx.HTTPError:
-        return None, None  # not running, which the processes tell
+        return None  # not running, which the processes tell
 
 
 def _sites(home: Home, nodes: list[Node] | None) -> dict[str, str]:
@@ -79,6 +86,19 @@ def _sites(home: Home, nodes: list[Node] | None) -> dict[str, str]:
     }
 
 
-def _run_line(run: FlowerRun) -> RunLine:
-    name = str(run.config.get("run", ""))
-    return RunLine(run=name, flower_run=run.run_id, status=run.status, details=run.details)
+def _run_line(record: RunRecord) -> RunLine:
+    end = record.end
+    return RunLine(
+        run=record.run,
+        status=_going(record) if end is None else end.status,
+        server_round=checkpoint.newest_round(record.directory / "checkpoints"),
+        details="" if end is None else end.message,
+    )
+
+
+def _going(record: RunRecord) -> str:
+    """Returns the state of a run that has not ended."""
+    life = record.life
+    if life is None:
+        return "waiting"
+    return "lost" if life.is_over else "running"

@@ -1,53 +1,49 @@
-"""Submits a plan to the running coordinator and follows the run to an honest end."""
+"""Asks the running coordinator for a run, and follows it to an honest end.
+
+Asking is a file in the run's directory. The supervisor starts what it finds there
+(``server/dispatch.py``), so a run that was asked for is never lost, whatever is killed when.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
-
+from common import durable
 from common.errors import ConfigError, DeploymentError, UserError
-from common.flower import refusal_text
 from server import bundle
-from server.control import Control, FlowerRun
 from server.home import Home
+from server.process import Identity
+from server.run_record import EVENTS, PLAN, End, RunRecord, Submission
 
 RUN_ID: Final = re.compile(r"[a-z0-9-]{1,64}")
-NOTE: Final = "submission.json"
-EVENTS: Final = "events.jsonl"
 REPORT: Final = "report.json"
 LOOK_SECONDS: Final = 0.2
-STATUS_SECONDS: Final = 1.0
-OUTAGE_SECONDS: Final = 120.0
-"""A SuperLink that is away for longer ends its runs itself."""
+ABSENCE_SECONDS: Final = 120.0
+"""A coordinator that is away for longer is not waited for; the run goes on when it is started again."""
 
 Event = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Submission:
-    """A run that was submitted: our id, Flower's, and how long its events file was before."""
+class Followed:
+    """A run that was asked for, and how long its events file was before."""
 
     run: str
-    flower_run: int
     events_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a run ended: Flower's word for it, and whether the report was written."""
+    """How a run ended, why if it did not complete, and whether the report was written."""
 
     run: str
-    flower_run: int
     status: str
     details: str
     directory: str
@@ -55,7 +51,7 @@ class Outcome:
 
     @property
     def is_success(self) -> bool:
-        return self.status == "finished:completed" and self.has_report
+        return self.status == "completed" and self.has_report
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"success": self.is_success})
@@ -80,106 +76,96 @@ def submit(
     *,
     server_app: str = bundle.SERVER_APP,
     client_app: str = bundle.CLIENT_APP,
-) -> Submission:
-    """Submits a plan under our id.
+) -> Followed:
+    """Asks for a run of a plan under our id.
 
-    The same id again, with the same plan, goes on from the run's last checkpoint.
+    The same id again, with the same plan, follows a run that is going on, and lets one that ended go on from
+    its last checkpoint.
 
     Raises:
         ConfigError: the run id has other characters than a-z, 0-9 and '-'.
         UserError: the coordinator is not running, or the id belongs to another plan.
-        DeploymentError: the SuperLink refuses the run.
     """
     if not RUN_ID.fullmatch(run_id):
         raise ConfigError(f"Expected a run id of a-z, 0-9 and '-' (64 at most), found {run_id!r}.")
-    directory = home.runs / run_id
-    directory.mkdir(mode=0o700, exist_ok=True)
-    _keep_plan(directory / "plan.json", plan_json)
-    events = directory / EVENTS
+    if not is_running(home):
+        raise UserError("Expected a running coordinator, found none; run: feverfew-server start")
+    record = RunRecord(directory=home.runs / run_id)
+    record.directory.mkdir(mode=0o700, exist_ok=True)
+    _keep_plan(record.directory / PLAN, plan_json)
+    events = record.directory / EVENTS
     events_bytes = events.stat().st_size if events.exists() else 0
-    config = {"plan": plan_json, "run": run_id}
-    with tempfile.TemporaryDirectory(dir=home.state, prefix="bundle-") as place, home.control() as control:
-        path = bundle.write_bundle(Path(place) / "app", server_app=server_app, client_app=client_app)
-        flower_run = _start(control, path, config)
-    note = directory / f"{NOTE}.new"
-    note.write_text(json.dumps({"run": run_id, "flower_run": flower_run, "submitted": time.time()}))
-    os.replace(note, directory / NOTE)
-    return Submission(run=run_id, flower_run=flower_run, events_bytes=events_bytes)
+    asked = Submission(run=run_id, submitted=time.time(), server_app=server_app, client_app=client_app)
+    former = record.submission
+    if former is None or record.end is not None:
+        record.keep(asked if former is None else replace(former, flower_run=0, lives=0))
+        record.reopen()
+    return Followed(run=run_id, events_bytes=events_bytes)
+
+
+def stop(home: Home, run_id: str) -> None:
+    """Ends a run for good; its last good model stays.
+
+    Raises:
+        UserError: there is no such run, or it has ended.
+    """
+    record = RunRecord(directory=home.runs / run_id)
+    submission = record.submission if RUN_ID.fullmatch(run_id) else None
+    if submission is None or record.end is not None:
+        raise UserError(f"Expected a run that is going on, found none of the id {run_id!r}.")
+    record.finish(End(status="stopped", message="stopped by the coordinator"))
+    if submission.flower_run and is_running(home):
+        with home.control() as control:
+            control.stop(submission.flower_run)
+
+
+def is_running(home: Home) -> bool:
+    """Says whether a supervisor runs for this coordinator."""
+    return Identity.read(home.state / "supervisor.pid") is not None
+
+
+def follow(home: Home, followed: Followed, *, show: Callable[[Event], None]) -> Outcome:
+    """Hands every new event of a run to ``show`` as it happens; returns how the run ended.
+
+    Raises:
+        DeploymentError: the coordinator was away for too long.
+    """
+    record = RunRecord(directory=home.runs / followed.run)
+    events = _new_events(record.directory / EVENTS, offset=followed.events_bytes)
+    seen = time.monotonic()
+    while True:
+        end = record.end  # before the events: none is written after it
+        for event in next(events):
+            show(event)
+        if end is not None:
+            return _outcome(record, end)
+        if is_running(home):
+            seen = time.monotonic()
+        elif time.monotonic() - seen > ABSENCE_SECONDS:
+            raise DeploymentError(
+                f"Expected a running coordinator, found none for two minutes; run {followed.run} goes on "
+                "when it is started again."
+            )
+        time.sleep(LOOK_SECONDS)
+
+
+def _outcome(record: RunRecord, end: End) -> Outcome:
+    return Outcome(
+        run=record.run,
+        status=end.status,
+        details=end.message,
+        directory=str(record.directory),
+        has_report=(record.directory / REPORT).is_file(),
+    )
 
 
 def _keep_plan(path: Path, plan_json: str) -> None:
     if not path.exists():
-        path.write_text(plan_json, encoding="utf-8")
+        durable.write(path, plan_json.encode())
     elif path.read_text(encoding="utf-8") != plan_json:
         raise UserError(
             f"Expected the plan that run {path.parent.name} began with, found another; choose a new id."
         )
-
-
-def _start(control: Control, path: Path, config: dict[str, str]) -> int:
-    try:
-        flower_run = control.start(path, config=config)
-    except httpx.ConnectError:
-        raise UserError("Expected a running coordinator, found none; run: feverfew-server start") from None
-    except httpx.HTTPStatusError as error:
-        raise DeploymentError(f"Expected the run to start, found: {refusal_text(error)}.") from None
-    if not flower_run:
-        raise DeploymentError("Expected the run to start, found that the SuperLink refuses the bundle.")
-    return flower_run
-
-
-def follow(home: Home, submission: Submission, *, show: Callable[[Event], None]) -> Outcome:
-    """Hands every new event of a run to ``show`` as it happens; returns how the run ended.
-
-    Raises:
-        DeploymentError: the SuperLink was away for too long.
-    """
-    directory = home.runs / submission.run
-    events = _new_events(directory / EVENTS, offset=submission.events_bytes)
-    with home.control() as control:
-        for state in _states(control, submission.flower_run):
-            for event in next(events):
-                show(event)
-            if state is not None and state.is_finished:
-                for event in next(events):  # those between the last look and the end
-                    show(event)
-                return _outcome(state, run_id=submission.run, directory=directory)
-    raise AssertionError("unreachable: _states does not end")
-
-
-def _outcome(state: FlowerRun, *, run_id: str, directory: Path) -> Outcome:
-    return Outcome(
-        run=run_id,
-        flower_run=state.run_id,
-        status=state.status,
-        details=state.details,
-        directory=str(directory),
-        has_report=(directory / REPORT).is_file(),
-    )
-
-
-def _states(control: Control, flower_run: int) -> Iterator[FlowerRun | None]:
-    """Yields the state of a run for ever, None when it was not asked for just now."""
-    asked = answered = time.monotonic()
-    yield None
-    while True:
-        time.sleep(LOOK_SECONDS)
-        now = time.monotonic()
-        if now - asked < STATUS_SECONDS:
-            yield None
-            continue
-        asked = now
-        try:
-            found = control.runs(flower_run)
-        except httpx.HTTPError:
-            if now - answered > OUTAGE_SECONDS:
-                raise DeploymentError(
-                    "Expected the SuperLink to answer, found none for two minutes."
-                ) from None
-            yield None
-        else:
-            answered = now
-            yield found[0]
 
 
 def _new_events(path: Path, *, offset: int) -> Iterator[list[Event]]:

@@ -1,137 +1,42 @@
-"""Starts the coordinator's three processes, starts them anew when they die, and ends them with itself.
-
-SuperLink, SuperExec and gateway are separate processes: only then does a run survive the loss of one.
-"""
+"""Starts the coordinator's three processes, starts them anew when they die, and ends them with itself."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import httpx
 from filelock import FileLock, Timeout
 
 from common.errors import DeploymentError, UserError
-from server import enrolment
-from server.home import LOOPBACK, Home
+from server import enrolment, process
+from server.dispatch import Dispatch, watch
+from server.home import Home
+from server.process import Identity
+from server.run_record import open_runs
+from server.services import Service, environment, services
 
 logger = logging.getLogger("feverfew.supervisor")
 
 START_SECONDS: Final = 60.0
-STOP_SECONDS: Final = 10.0
 LOOK_SECONDS: Final = 0.2
 MIN_BACKOFF_SECONDS: Final = 0.5
 MAX_BACKOFF_SECONDS: Final = 30.0
 HEALTHY_SECONDS: Final = 60.0
 """After so long a life the pause before a restart is short again; it doubles with each death before that."""
-TASK_POLL_SECONDS: Final = 0.25
-RUN_DIRECTORY: Final = "FEVERFEW_RUN_DIRECTORY"
-HEADS_DIRECTORY: Final = "FEVERFEW_HEADS_DIRECTORY"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Service:
-    """One process of the coordinator; ``is_ready`` asks it whether it works."""
-
-    name: str
-    command: tuple[str, ...]
-    is_ready: Callable[[], bool]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Identity:
-    """A process for certain: ids are used again, an id with its time of start is not."""
-
-    pid: int
-    started: int
-
-    @classmethod
-    def of(cls, pid: int) -> Identity | None:
-        """Returns the identity of a running process, or None if there is none (or only its remains)."""
-        try:
-            stat = Path(f"/proc/{pid}/stat").read_text()
-        except OSError:
-            return None
-        fields = stat.rpartition(")")[2].split()
-        return None if fields[0] == "Z" else cls(pid=pid, started=int(fields[19]))
-
-    @classmethod
-    def read(cls, path: Path) -> Identity | None:
-        """Returns the process that a pid file names if it still runs."""
-        try:
-            noted = cls(**json.loads(path.read_text()))
-        except (OSError, ValueError, TypeError):
-            return None
-        return noted if cls.of(noted.pid) == noted else None
-
-    def write(self, path: Path) -> None:
-        fresh = path.with_suffix(".new")
-        fresh.write_text(json.dumps({"pid": self.pid, "started": self.started}))
-        os.replace(fresh, path)
 
 
 def pid_file(home: Home, name: str) -> Path:
     """Where a process of the coordinator is noted."""
     return home.state / f"{name}.pid"
-
-
-def services(home: Home) -> tuple[Service, ...]:
-    """Returns the coordinator's processes in the order in which they start."""
-    binaries = Path(sys.executable).parent
-    tls = str(home.authority_certificate)
-    superlink = (
-        *(str(binaries / "flower-superlink"), "--host", LOOPBACK),
-        *("--port", str(home.settings.internal_port), "--ssl-ca-certfile", tls),
-        *("--ssl-certfile", str(home.server_certificate), "--ssl-keyfile", str(home.server_key)),
-        *("--enable-supernode-auth", "--isolation", "process"),
-        *("--superexec-auth-secret-file", str(home.superexec_secret)),
-        *("--database", str(home.state / "superlink.db"), "--disable-runtime-dependency-installation"),
-    )
-    superexec = (
-        *(str(binaries / "flower-superexec"), "--runtime-api-address", home.internal_address),
-        *("--root-certificates", tls, "--superexec-auth-secret-file", str(home.superexec_secret)),
-    )
-    gateway = (sys.executable, "-m", "server.gateway", str(home.directory))
-    public = f"https://{LOOPBACK if home.settings.bind == '0.0.0.0' else home.settings.bind}"
-    return (
-        Service(
-            name="superlink",
-            command=superlink,
-            is_ready=lambda: _status(home, f"https://{home.internal_address}/health") == 200,
-        ),
-        Service(name="superexec", command=superexec, is_ready=lambda: True),
-        Service(
-            name="gateway",
-            command=gateway,
-            is_ready=lambda: _status(home, f"{public}:{home.settings.port}/") == 403,
-        ),
-    )
-
-
-def environment(home: Home) -> dict[str, str]:
-    """Returns the environment of the coordinator's processes: nothing is asked of the internet."""
-    return os.environ | {
-        # Flower finds its own programs through PATH.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
-        "FLWR_HOME": str(home.state / "flower"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(TASK_POLL_SECONDS),
-        "NO_PROXY": f"{LOOPBACK},localhost",
-        RUN_DIRECTORY: str(home.runs / "{run}"),
-        HEADS_DIRECTORY: str(home.heads),
-    }
 
 
 @dataclass(kw_only=True)
@@ -150,8 +55,12 @@ class Supervisor:
     """Runs the coordinator's processes in the foreground."""
 
     home: Home
+    _dispatch: Dispatch = field(init=False)
     _supervised: list[Supervised] = field(default_factory=list)
     _stopping: bool = False
+
+    def __post_init__(self) -> None:
+        self._dispatch = Dispatch(home=self.home)
 
     def run(self, *, say: Callable[[str], None] = print) -> None:
         """Starts everything, watches it, ends it after SIGTERM or SIGINT.
@@ -176,8 +85,7 @@ class Supervisor:
         assert identity is not None
         identity.write(pid_file(self.home, "supervisor"))
         try:
-            for service in services(self.home):
-                end_leftover(self.home, service.name)
+            self._end_leftovers()
             for service in services(self.home):
                 if self._stopping:
                     break
@@ -190,9 +98,11 @@ class Supervisor:
                 say(f"{service.name} is ready (pid {self._supervised[-1].process.pid})")
             else:
                 say(f"coordinator is ready at {self.home.settings.host}:{self.home.settings.port}")
+            end_dispatch = watch(self._dispatch, threading.Event())
             while not self._stopping:
                 self._look_after()
                 time.sleep(LOOK_SECONDS)
+            end_dispatch()
         finally:
             self._end_all(say)
             pid_file(self.home, "supervisor").unlink(missing_ok=True)
@@ -209,7 +119,7 @@ class Supervisor:
         workplace = self.home.state / "empty"  # Flower's programs import from their working directory
         workplace.mkdir(mode=0o700, exist_ok=True)
         with (self.home.logs / f"{service.name}.log").open("ab") as log:
-            process = subprocess.Popen(
+            child = subprocess.Popen(
                 service.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -218,10 +128,10 @@ class Supervisor:
                 env=environment(self.home),
                 start_new_session=True,  # Ctrl-C is for the supervisor, which ends them in order
             )
-        identity = Identity.of(process.pid)
+        identity = Identity.of(child.pid)
         if identity is not None:
             identity.write(pid_file(self.home, service.name))
-        return Supervised(service=service, process=process, begun=time.monotonic())
+        return Supervised(service=service, process=child, begun=time.monotonic())
 
     def _wait_until_ready(self, supervised: Supervised) -> None:
         service = supervised.service
@@ -242,6 +152,8 @@ class Supervisor:
         """Starts anew what has died, after a pause that grows while it keeps dying."""
         now = time.monotonic()
         for place, supervised in enumerate(self._supervised):
+            if supervised.due is None and _has_ended(supervised.process):
+                _end_orphans(supervised.process)
             code = supervised.process.poll()
             if code is None:
                 continue
@@ -252,6 +164,7 @@ class Supervisor:
                 fresh.backoff_seconds = supervised.backoff_seconds
                 self._supervised[place] = fresh
                 logger.warning("%s was started again (pid %d)", supervised.service.name, fresh.process.pid)
+                self._dispatch.restarted(supervised.service.name)
 
     def _plan_restart(self, supervised: Supervised, *, code: int, now: float) -> None:
         lived = now - supervised.begun
@@ -261,6 +174,15 @@ class Supervisor:
         name, pause = supervised.service.name, supervised.backoff_seconds
         logger.warning("%s ended with code %d; starting it again in %.1f s", name, code, pause)
         supervised.backoff_seconds = min(2 * pause, MAX_BACKOFF_SECONDS)
+
+    def _end_leftovers(self) -> None:
+        """Ends what a supervisor that was killed has left, the ServerApps of its runs too."""
+        for service in services(self.home):
+            end_leftover(self.home, service.name)
+        for record, _ in open_runs(self.home.runs):
+            life = record.life
+            if life is not None and not life.is_over:
+                process.end(life.identity)
 
     def _end_all(self, say: Callable[[str], None]) -> None:
         for supervised in reversed(self._supervised):
@@ -274,24 +196,20 @@ def end_leftover(home: Home, name: str) -> None:
     path = pid_file(home, name)
     identity = Identity.read(path)
     if identity is not None:
-        _end(identity)
+        process.end_group(identity)
     path.unlink(missing_ok=True)
 
 
-def _end(identity: Identity) -> None:
-    for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
-        with contextlib.suppress(ProcessLookupError):
-            # The group, of which it is the leader: SuperExec's ServerApps belong to it.
-            os.killpg(identity.pid, number)
-        deadline = time.monotonic() + patience
-        while time.monotonic() < deadline:
-            if Identity.of(identity.pid) != identity:
-                return
-            time.sleep(0.05)
+def _has_ended(child: subprocess.Popen[bytes]) -> bool:
+    """Says whether a child has ended, and leaves it unreaped, so that its id is not used again yet."""
+    if child.returncode is not None:
+        return True
+    found = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    return found is not None
 
 
-def _status(home: Home, url: str) -> int:
-    try:
-        return httpx.get(url, verify=home.tls, timeout=2.0, trust_env=False).status_code
-    except httpx.HTTPError:
-        return 0
+def _end_orphans(child: subprocess.Popen[bytes]) -> None:
+    """Ends what a child that died has left: a ServerApp cannot go on without its SuperExec."""
+    if child.returncode is None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(child.pid, signal.SIGKILL)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -99,12 +98,3 @@ def test_reply_of_a_killed_process_is_there_whole_or_not_at_all(
     assert (reply is not None) == is_there
     if reply is not None:
         assert (reply.arrays["a"] == 1).all()
-
-
-def test_file_is_replaced_whole_or_left_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "plan.json"
-    replies.write_durably(path, b"old")
-    (tmp_path / f".plan.json.{os.getpid()}").mkdir()
-    with pytest.raises(IsADirectoryError):
-        replies.write_durably(path, b"new")
-    assert path.read_bytes() == b"old"

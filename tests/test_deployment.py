@@ -22,9 +22,11 @@ from client.site import open_site
 from common.plan import Plan
 from server import submission
 from server.home import Home, open_home
+from server.process import Identity
+from server.services import HEADS_DIRECTORY, RUN_DIRECTORY
 from server.status import Status, status
-from server.submission import Outcome, Submission
-from server.supervisor import HEADS_DIRECTORY, RUN_DIRECTORY, Identity, pid_file
+from server.submission import Followed, Outcome
+from server.supervisor import pid_file
 from simulations import engine
 from tests import plans, sites
 
@@ -148,7 +150,7 @@ class Federation:
         told = self.verb("feverfew-client", "init", name, "--invitation", "invitation")
         assert told.returncode == 0, told.stderr
 
-    def submit(self, **plan: Any) -> Submission:
+    def submit(self, **plan: Any) -> Followed:
         text = json.dumps({"sites": len(SITES)} | plan)
         return submission.submit(
             self.home,
@@ -158,7 +160,7 @@ class Federation:
             client_app="tests.tiny:client_app",
         )
 
-    def follow(self, submitted: Submission) -> tuple[Outcome, list[dict[str, Any]]]:
+    def follow(self, submitted: Followed) -> tuple[Outcome, list[dict[str, Any]]]:
         events: list[dict[str, Any]] = []
         return submission.follow(self.home, submitted, show=events.append), events
 
@@ -208,7 +210,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 def test_a_run_ends_with_a_report_and_sites_answer_every_round(federation: Federation) -> None:
     outcome, events = federation.follow(federation.submit(rounds=["train"] * 5))
-    assert outcome.is_success and outcome.status == "finished:completed"
+    assert outcome.is_success and outcome.status == "completed"
     assert [event["sites_valid"] for event in events] == [2] * 5
     pids = {tuple(sorted(event["pids"])) for event in events}
     assert len(pids) == 1, "the workers stay warm"
@@ -217,7 +219,7 @@ def test_a_run_ends_with_a_report_and_sites_answer_every_round(federation: Feder
 
 def test_a_failed_run_is_not_called_a_success(federation: Federation) -> None:
     outcome, _ = federation.follow(federation.submit(rounds=["train"], fails=True))
-    assert not outcome.is_success and outcome.status == "finished:failed"
+    assert not outcome.is_success and outcome.status == "failed"
     assert "this plan fails" in outcome.details
 
 
@@ -308,7 +310,7 @@ def test_status_tells_processes_sites_and_runs(federation: Federation) -> None:
     told = federation.verb("feverfew-server", "status", "home", "--json")
     found = json.loads(told.stdout)
     assert all(found["processes"].values()) and set(found["sites"]) == set(SITES)
-    assert {run["status"] for run in found["runs"]} >= {"finished:completed"}
+    assert {run["status"] for run in found["runs"]} >= {"completed"}
 
 
 def test_no_process_asks_for_anything_but_loopback(federation: Federation) -> None:

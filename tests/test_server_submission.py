@@ -3,22 +3,21 @@ from __future__ import annotations
 import io
 import json
 import os
-import subprocess
-import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from common.errors import ConfigError, UserError
+from common.errors import ConfigError, DeploymentError, UserError
 from server import bundle, submission, supervisor
-from server.control import FlowerRun
 from server.home import Home, create_home
+from server.process import Identity
 from server.progress import Progress
-from server.submission import EVENTS, Outcome, Submission
-from server.supervisor import Identity
+from server.run_record import End, RunRecord, open_runs
+from server.submission import Followed, Outcome
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
 
@@ -26,23 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationW
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     return create_home(tmp_path / "home", host="127.0.0.1", port=1, internal_port=2)
-
-
-class ScriptedControl:
-    """A SuperLink in memory whose run takes on one state after the other."""
-
-    def __init__(self, states: list[str]) -> None:
-        self._states = states
-
-    def __enter__(self) -> ScriptedControl:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def runs(self, run_id: int) -> list[FlowerRun]:
-        state = self._states.pop(0) if len(self._states) > 1 else self._states[0]
-        return [FlowerRun(run_id=run_id, status=state, details="why", config={})]
 
 
 def test_the_bundle_names_the_apps_and_holds_no_code(tmp_path: Path) -> None:
@@ -65,64 +47,92 @@ def test_new_run_ids_are_valid_and_differ() -> None:
     assert len(ids) > 1 and all(submission.RUN_ID.fullmatch(run) for run in ids)
 
 
-def test_a_coordinator_that_does_not_run_is_the_users_error(home: Home) -> None:
+def test_a_coordinator_that_does_not_run_is_the_users_error_and_nothing_is_written(home: Home) -> None:
     with pytest.raises(UserError, match="feverfew-server start"):
         submission.submit(home, "{}", "run-1")
-    assert not list(home.state.glob("bundle-*"))
+    assert list(home.runs.iterdir()) == []
 
 
-def test_a_run_goes_on_with_its_own_plan_only(home: Home) -> None:
-    for plan, error in (
-        ("{}", "feverfew-server start"),
-        ("{}", "feverfew-server start"),
-        ('{"a":1}', "new id"),
-    ):
-        with pytest.raises(UserError, match=error):
-            submission.submit(home, plan, "run-1")
+@pytest.fixture
+def running(home: Home) -> Home:
+    """A home whose supervisor is this process."""
+    own = Identity.of(os.getpid())
+    assert own is not None
+    own.write(supervisor.pid_file(home, "supervisor"))
+    return home
 
 
-def _follow(home: Home, monkeypatch: pytest.MonkeyPatch, *, states: list[str], **files: str) -> Any:
-    monkeypatch.setattr(submission, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(submission, "STATUS_SECONDS", 0.01)
-    monkeypatch.setattr(Home, "control", lambda self: ScriptedControl(states))
-    directory = home.runs / "run-1"
-    directory.mkdir(exist_ok=True)
+def test_a_run_goes_on_with_its_own_plan_only(running: Home) -> None:
+    submission.submit(running, "{}", "run-1")
+    submission.submit(running, "{}", "run-1")
+    with pytest.raises(UserError, match="new id"):
+        submission.submit(running, '{"a":1}', "run-1")
+
+
+def test_a_run_that_goes_on_is_followed_and_one_that_ended_goes_on(running: Home) -> None:
+    submission.submit(running, "{}", "run-1")
+    record = RunRecord(directory=running.runs / "run-1")
+    asked = record.submission
+    assert asked is not None
+    record.keep(replace(asked, flower_run=7, lives=3))
+    submission.submit(running, "{}", "run-1")
+    assert record.submission == replace(asked, flower_run=7, lives=3), "it is going on"
+    record.finish(End(status="failed", message="why"))
+    submission.submit(running, "{}", "run-1")
+    assert record.end is None and record.submission == asked
+
+
+def test_what_was_asked_for_is_open_until_it_ends(running: Home) -> None:
+    for run in ("run-2", "run-1"):
+        submission.submit(running, "{}", run)
+    assert [record.run for record, _ in open_runs(running.runs)] == ["run-1", "run-2"]
+    submission.stop(running, "run-1")
+    assert [record.run for record, _ in open_runs(running.runs)] == ["run-2"]
+    with pytest.raises(UserError, match="going on"):
+        submission.stop(running, "run-1")
+
+
+def test_a_run_that_was_stopped_stays_stopped(running: Home) -> None:
+    submission.submit(running, "{}", "run-1")
+    submission.stop(running, "run-1")
+    record = RunRecord(directory=running.runs / "run-1")
+    record.finish(End(status="failed", message="its process was ended in the middle"))
+    assert record.end == End(status="stopped", message="stopped by the coordinator")
+
+
+def _follow(home: Home, *, end: End, offset: int = 0, **files: str) -> tuple[Outcome, list[dict[str, Any]]]:
+    record = RunRecord(directory=home.runs / "run-1")
+    record.directory.mkdir(exist_ok=True)
     for name, text in files.items():
-        (directory / name.replace("_", ".")).write_text(text)
+        (record.directory / name.replace("_", ".")).write_text(text)
+    record.finish(end)
     shown: list[dict[str, Any]] = []
-    offset = int(files.get("offset", 0))
-    submitted = Submission(run="run-1", flower_run=7, events_bytes=offset)
-    return submission.follow(home, submitted, show=shown.append), shown
+    return submission.follow(home, Followed(run="run-1", events_bytes=offset), show=shown.append), shown
 
 
-def test_a_run_is_a_success_only_if_flower_says_so_and_the_report_exists(
-    home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    states = ["pending", "running", "finished:completed"]
-    without, _ = _follow(home, monkeypatch, states=states)
-    assert not without.is_success and "no report" not in without.status
-    for state in ("finished:failed", "finished:stopped"):
-        outcome, _ = _follow(home, monkeypatch, states=[state], report_json="{}")
-        assert not outcome.is_success and state in outcome.to_text()
-    outcome, _ = _follow(home, monkeypatch, states=["finished:completed"], report_json="{}")
+def test_a_run_is_a_success_only_if_it_completed_and_the_report_exists(home: Home) -> None:
+    completed = End(status="completed", message="")
+    without, _ = _follow(home, end=completed)
+    assert not without.is_success and "no report" in without.to_text()
+    for status in ("failed", "quorum_not_reached"):
+        outcome, _ = _follow(home, end=End(status=status, message="why"), report_json="{}")
+        assert not outcome.is_success and status in outcome.to_text() and "why" in outcome.to_text()
+    outcome, _ = _follow(home, end=completed, report_json="{}")
     assert outcome.is_success and json.loads(outcome.to_json())["success"] is True
 
 
-def test_every_whole_event_is_shown_once_and_the_past_of_a_run_not_again(
-    home: Home, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_whole_event_is_shown_once_and_the_past_of_a_run_not_again(home: Home) -> None:
     past, new = '{"event": "past"}\n', '{"event": "new"}\n{"event": "newer"}\n{"event": "half'
-    (home.runs / "run-1").mkdir()
-    (home.runs / "run-1" / EVENTS).write_text(past + new)
-    _, shown = _follow(home, monkeypatch, states=["running", "finished:failed"], offset=str(len(past)))
+    _, shown = _follow(home, end=End(status="failed", message=""), offset=len(past), events_jsonl=past + new)
     assert [event["event"] for event in shown] == ["new", "newer"]
 
 
-def test_an_outcome_tells_where_the_files_are_and_why_there_is_no_success() -> None:
-    outcome = Outcome(
-        run="r", flower_run=1, status="finished:failed", details="why", directory="/d", has_report=False
-    )
-    assert all(part in outcome.to_text() for part in ("r", "finished:failed", "why", "/d"))
+def test_a_follower_gives_up_when_the_coordinator_is_away_and_says_that_the_run_goes_on(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submission, "ABSENCE_SECONDS", 0.1)
+    with pytest.raises(DeploymentError, match="goes on"):
+        submission.follow(home, Followed(run="run-1", events_bytes=0), show=print)
 
 
 def test_progress_tells_what_went_wrong_in_lines_that_stay() -> None:
@@ -142,59 +152,3 @@ def test_progress_tells_what_went_wrong_in_lines_that_stay() -> None:
     for part in ("north does not take part: declined budget", "south: not_finite", "2 of 3 sites", "too few"):
         assert part in text
     assert "east" not in text
-
-
-def test_a_process_is_known_by_its_id_and_its_start(tmp_path: Path) -> None:
-    path = tmp_path / "x.pid"
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    identity = Identity.of(process.pid)
-    assert identity is not None
-    identity.write(path)
-    assert Identity.read(path) == identity
-    other = Identity(pid=process.pid, started=identity.started - 1)
-    other.write(path)
-    assert Identity.read(path) is None, "the id was used again by another process"
-    identity.write(path)
-    process.kill()
-    process.wait()
-    assert Identity.read(path) is None
-    path.write_text("noise")
-    assert Identity.read(path) is None
-
-
-def test_a_process_of_somebody_else_is_never_ended(home: Home) -> None:
-    own = Identity.of(os.getpid())
-    assert own is not None
-    Identity(pid=own.pid, started=own.started - 1).write(supervisor.pid_file(home, "gateway"))
-    supervisor.end_leftover(home, "gateway")
-    assert not supervisor.pid_file(home, "gateway").exists()
-
-
-def test_a_leftover_that_does_not_heed_sigterm_is_killed(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "STOP_SECONDS", 0.3)
-    ignoring = "signal.signal(signal.SIGTERM, signal.SIG_IGN)"
-    stubborn = f"import signal, time; {ignoring}; print(1, flush=True); time.sleep(60)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", stubborn], stdout=subprocess.PIPE, start_new_session=True
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    identity = Identity.of(process.pid)
-    assert identity is not None
-    identity.write(supervisor.pid_file(home, "gateway"))
-    supervisor.end_leftover(home, "gateway")
-    assert process.wait(5) == -9
-    process.stdout.close()
-
-
-def test_the_superlink_is_started_so_that_it_serves_nobody_but_us(home: Home) -> None:
-    (command,) = (service.command for service in supervisor.services(home) if service.name == "superlink")
-    for option, value in (("--host", "127.0.0.1"), ("--isolation", "process")):
-        assert command[command.index(option) + 1] == value
-    for option in ("--enable-supernode-auth", "--disable-runtime-dependency-installation", "--ssl-keyfile"):
-        assert option in command
-    environment = supervisor.environment(home)
-    assert environment["FLWR_TELEMETRY_ENABLED"] == "0" and environment["FLWR_DISABLE_UPDATE_CHECK"] == "1"
-    assert environment["PATH"].startswith(str(Path(sys.executable).parent))
-    assert environment[supervisor.RUN_DIRECTORY].replace("{run}", "r") == str(home.runs / "r")
-    assert environment[supervisor.HEADS_DIRECTORY] == str(home.heads)

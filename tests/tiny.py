@@ -15,7 +15,10 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from common import flower
+from common.errors import RunError
+from server.app import noted_end
 from server.mailbox import Mailbox
+from server.run_record import RunRecord
 
 SECRET = "patient 4711"
 
@@ -106,11 +109,15 @@ def main(grid: Grid, context: Context) -> None:
     flower.shorten_backoff()
     run = str(context.run_config["run"])
     plan = json.loads(str(context.run_config["plan"]))
-    directory = Path(os.environ["FEVERFEW_RUN_DIRECTORY"].format(run=run))
-    rounds = [_round(grid, plan, number, directory) for number in range(1, len(plan["rounds"]) + 1)]
-    if plan.get("fails"):
-        raise RuntimeError("this plan fails")
-    (directory / "report.json").write_text(json.dumps({"rounds": rounds}))
+    record = RunRecord(directory=Path(os.environ["FEVERFEW_RUN_DIRECTORY"].format(run=run)))
+    record.begin_life(context.run_id)
+    with noted_end(record):
+        rounds = [
+            _round(grid, plan, number, record.directory) for number in range(1, len(plan["rounds"]) + 1)
+        ]
+        if plan.get("fails"):
+            raise RunError("this plan fails")
+        (record.directory / "report.json").write_text(json.dumps({"rounds": rounds}))
 
 
 def _round(grid: Grid, plan: dict[str, Any], number: int, directory: Path) -> dict[str, Any]:

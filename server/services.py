@@ -1,0 +1,86 @@
+"""The coordinator's three processes: how each is started, and how it is asked whether it works.
+
+SuperLink, SuperExec and gateway are separate processes: only then does a run survive the loss of one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from server.home import LOOPBACK, Home
+
+TASK_POLL_SECONDS: Final = 0.25
+RUN_DIRECTORY: Final = "FEVERFEW_RUN_DIRECTORY"
+HEADS_DIRECTORY: Final = "FEVERFEW_HEADS_DIRECTORY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service:
+    """One process of the coordinator; ``is_ready`` asks it whether it works."""
+
+    name: str
+    command: tuple[str, ...]
+    is_ready: Callable[[], bool]
+
+
+def services(home: Home) -> tuple[Service, ...]:
+    """Returns the coordinator's processes in the order in which they start."""
+    binaries = Path(sys.executable).parent
+    tls = str(home.authority_certificate)
+    superlink = (
+        *(str(binaries / "flower-superlink"), "--host", LOOPBACK),
+        *("--port", str(home.settings.internal_port), "--ssl-ca-certfile", tls),
+        *("--ssl-certfile", str(home.server_certificate), "--ssl-keyfile", str(home.server_key)),
+        *("--enable-supernode-auth", "--isolation", "process"),
+        *("--superexec-auth-secret-file", str(home.superexec_secret)),
+        *("--database", str(home.state / "superlink.db"), "--disable-runtime-dependency-installation"),
+    )
+    superexec = (
+        *(str(binaries / "flower-superexec"), "--runtime-api-address", home.internal_address),
+        *("--root-certificates", tls, "--superexec-auth-secret-file", str(home.superexec_secret)),
+    )
+    gateway = (sys.executable, "-m", "server.gateway", str(home.directory))
+    public = f"https://{LOOPBACK if home.settings.bind == '0.0.0.0' else home.settings.bind}"
+    return (
+        Service(
+            name="superlink",
+            command=superlink,
+            is_ready=lambda: _status(home, f"https://{home.internal_address}/health") == 200,
+        ),
+        Service(name="superexec", command=superexec, is_ready=lambda: True),
+        Service(
+            name="gateway",
+            command=gateway,
+            is_ready=lambda: _status(home, f"{public}:{home.settings.port}/") == 403,
+        ),
+    )
+
+
+def environment(home: Home) -> dict[str, str]:
+    """Returns the environment of the coordinator's processes: nothing is asked of the internet."""
+    return os.environ | {
+        # Flower finds its own programs through PATH.
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "FLWR_HOME": str(home.state / "flower"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(TASK_POLL_SECONDS),
+        "NO_PROXY": f"{LOOPBACK},localhost",
+        RUN_DIRECTORY: str(home.runs / "{run}"),
+        HEADS_DIRECTORY: str(home.heads),
+    }
+
+
+def _status(home: Home, url: str) -> int:
+    try:
+        return httpx.get(url, verify=home.tls, timeout=2.0, trust_env=False).status_code
+    except httpx.HTTPError:
+        return 0
