@@ -8,15 +8,15 @@ import yaml
 from client import coordinator, skeleton
 from client.__main__ import main
 from client.site import SiteSettings, open_site
-from common import keys
+from common import certificates, keys
 from common.errors import ConfigError, UserError
 from common.invitation import Invitation
 
 
 @pytest.fixture
 def invitation() -> Invitation:
-    certificate = keys.make_authority(keys.generate(), name="test")
-    pem = keys.certificate_pem(certificate).decode()
+    certificate = certificates.make_authority(keys.generate(), name="test")
+    pem = certificates.to_pem(certificate)
     return Invitation(address="fl.example.org:8443", certificate=pem)
 
 

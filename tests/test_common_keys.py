@@ -12,7 +12,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from common import keys
+from common import certificates, keys
 from common.errors import ConfigError, UserError
 from common.invitation import Invitation
 
@@ -90,15 +90,15 @@ def test_fingerprints_tell_keys_apart_and_stay_the_same() -> None:
 
 def _server(tmp_path: Path, *, hosts: list[str]) -> tuple[ssl.SSLContext, str, x509.Certificate]:
     authority_key, server_key = keys.generate(), keys.generate()
-    authority = keys.make_authority(authority_key, name="test")
-    certificate = keys.make_server_certificate(
+    authority = certificates.make_authority(authority_key, name="test")
+    certificate = certificates.make_server_certificate(
         server_key.public_key(), hosts=hosts, authority=authority, authority_key=authority_key
     )
     keys.write_private(tmp_path / "server.key", server_key)
-    (tmp_path / "server.crt").write_bytes(keys.certificate_pem(certificate))
+    (tmp_path / "server.crt").write_text(certificates.to_pem(certificate))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(tmp_path / "server.crt", tmp_path / "server.key")
-    return context, keys.certificate_pem(authority).decode(), certificate
+    return context, certificates.to_pem(authority), certificate
 
 
 def _handshake(server: ssl.SSLContext, client: ssl.SSLContext, *, host: str) -> str | None:

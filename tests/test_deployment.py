@@ -139,14 +139,17 @@ class Federation:
     def start_agent(self, name: str) -> None:
         self.spawn(name, sys.executable, "-c", AGENT, name)
 
-    def add_site(self, name: str, *, enrolled: bool = True) -> None:
+    def add_site(self, name: str) -> None:
         sites.write_site(self.directory / name, name=name, unsafe_allow_seeded_noise=True)
         made = self.verb("feverfew-client", "init", name)
         assert made.returncode == 0, made.stderr
-        if enrolled:
-            key = f"{name}/private/site.pub"
-            told = self.verb("feverfew-server", "enroll", "home", name, key, "--invitation", "invitation")
-            assert told.returncode == 0, told.stderr
+        self.enroll(name)
+
+    def enroll(self, name: str, *options: str) -> None:
+        """The coordinator signs the request of a site, which takes the invitation."""
+        request = ("home", name, f"{name}/{name}.csr", "--invitation", "invitation")
+        told = self.verb("feverfew-server", "enroll", *request, *options)
+        assert told.returncode == 0, told.stderr
         told = self.verb("feverfew-client", "init", name, "--invitation", "invitation")
         assert told.returncode == 0, told.stderr
 
