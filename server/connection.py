@@ -65,7 +65,7 @@ class Connection(H11Protocol):  # type: ignore[misc]
         super().connection_made(transport)
         try:
             peer = peer_of(transport.get_extra_info("ssl_object").getpeercert(binary_form=True))
-        except (ConfigError, ValueError):  # signed by our authority, but not as a site's
+        except (ConfigError, ValueError, TypeError):  # none, or signed by our authority but not as a site's
             self._turn_away("certificate", who=self.client)
             return
         if not self._hall.enter(peer):

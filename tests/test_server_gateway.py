@@ -280,6 +280,25 @@ def test_a_head_that_does_not_end_is_cut_off(
     assert upstream.seen == []
 
 
+def test_a_later_head_has_no_more_time_than_the_first(
+    home: Home, north: Caller, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.5)
+    body = own(north)
+    head = b"POST " + GOOD + b" HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % len(body)
+    with connect(home, north.tls(home)) as tls:
+        tls.sendall(head + lines(north.signed()) + b"\r\n" + body)
+        assert tls.recv(1000).startswith(b"HTTP/1.1 200")
+        time.sleep(0.7)  # a connection may rest
+        tls.sendall(head)
+        begun = time.monotonic()
+        with pytest.raises(OSError):
+            while tls.recv(1000):
+                pass
+            raise ConnectionResetError  # an orderly end is one too
+    assert time.monotonic() - begun < 5 and len(upstream.seen) == 1
+
+
 def test_a_trickle_of_bytes_does_not_make_a_head_live_longer(
     home: Home, north: Caller, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -491,11 +510,14 @@ def test_a_request_is_taken_once(client: httpx.Client, north: Caller, upstream: 
     assert len(upstream.seen) == 1
 
 
-def test_a_header_that_comes_twice_is_refused(home: Home, north: Caller, upstream: Upstream) -> None:
+@pytest.mark.parametrize("name", [KEY, TIME, SIGNATURE])
+def test_a_header_that_comes_twice_is_refused(
+    client: httpx.Client, north: Caller, south: Caller, upstream: Upstream, name: str
+) -> None:
     """The SuperLink would look at the first of them, and others at the last."""
-    for name in (KEY, TIME, SIGNATURE):
-        more = f"{name}: {north.signed()[name]}\r\n".encode()
-        assert post(home, north, GOOD, own(north), more)[0] == 401
+    for order in (1, -1):
+        twice = [*north.signed().items(), (name, south.signed()[name])][::order]
+        assert client.post(GOOD.decode(), content=own(north), headers=twice).status_code == 401
     assert upstream.seen == []
 
 
