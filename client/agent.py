@@ -11,7 +11,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -23,9 +23,10 @@ from client.coordinator import open_coordinator
 from client.fleet import Fleet, Task, without_superseded
 from client.patience import MAX_RETRY_SECONDS, is_temporary, persist, reason
 from client.site import Site
-from client.worker import DEFAULT_APP, Worker, forkserver
+from client.worker import DEFAULT_APP, WORKER_DIED, Worker, forkserver
 from common import flower, keys
 from common.errors import UserError
+from common.trail import Trail
 
 logger = logging.getLogger("feverfew.agent")
 Answer = TypeVar("Answer")
@@ -40,6 +41,8 @@ ADMISSION_SECONDS: Final = 1.0
 ABSENCE_SECONDS: Final = 1.5
 """The server asks for every reply several times a second, and is told then that its site is away."""
 CACHED_RUNS: Final = 8
+ATTEMPTS: Final = 3
+"""A task over which so many workers have died is answered with an error: it is the task that kills them."""
 SUPERSEDED: Final = "superseded"
 """A task of an earlier round was waiting behind a later one and is not done any more."""
 RUN_NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
@@ -167,7 +170,7 @@ class Agent:
             state=RecordDict(),
             run_config=dict(config),
         )
-        reply = self.worker.call(message, context, timeout_seconds=meta.ttl)
+        reply = self._answer(message, context)
         outcome = f"error: {reply.error.reason}" if reply.has_error() else "answered"
         if not self._send(reply):
             outcome += ", but not delivered"
@@ -179,6 +182,25 @@ class Agent:
             outcome,
             time.monotonic() - begun,
         )
+
+    def _answer(self, message: Message, context: Context) -> Message:
+        """Returns the worker's reply; a worker that dies over a task is replaced, and the task begun again.
+
+        What the task was charged stays charged once: it is the same task (privacy rule 3).
+        """
+        end = time.monotonic() + message.metadata.ttl
+        for attempt in range(1, ATTEMPTS + 1):
+            left = max(0.0, end - time.monotonic())
+            reply = self.worker.call(message, context, timeout_seconds=left)
+            if not (reply.has_error() and reply.error.reason == WORKER_DIED) or attempt == ATTEMPTS:
+                break
+            logger.warning("the worker died over a task; beginning it again")
+            self._trail.record("worker_restarted", run=_shown_run(context.run_config), attempt=attempt)
+        return reply
+
+    @property
+    def _trail(self) -> Trail:
+        return Trail(self.site.state / "events.jsonl")
 
     def _send(self, reply: Message) -> bool:
         try:
@@ -257,8 +279,8 @@ class Agent:
                 logger.info("the coordinator was not told that this site goes: %s", reason(error))
 
 
-def _shown_run(config: dict[str, str]) -> str:
-    run = config.get("run", "")
+def _shown_run(config: Mapping[str, object]) -> str:
+    run = str(config.get("run", ""))
     return run if RUN_NAME.fullmatch(run) else "?"
 
 

@@ -23,6 +23,10 @@ class Trail:
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    def events(self) -> Iterator[dict[str, Any]]:
+        """Yields what was recorded so far."""
+        return read(self._path)
+
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
     """Yields the events of a trail; a line that is still being written is left out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -118,7 +119,15 @@ def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Head
     finally:
         named = model.named_arrays(model.build(plan), rounds.state.parameters)
         durable.write(directory / "model.safetensors", save(named))
-        report_of(rounds.state, plan=plan, released=released, status=status, engine=engine).write(directory)
+        report = report_of(
+            rounds.state,
+            plan=plan,
+            released=released,
+            status=status,
+            engine=engine,
+            restarts=Counter(event["process"] for event in trail.events() if event["event"] == "restarted"),
+        )
+        report.write(directory)
         trail.record("run_finished" if status == "completed" else "run_failed", status=status)
 
 

@@ -41,10 +41,14 @@ class RoundRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Attendance:
-    """What became of the tasks of one site; ``problems`` counts rejected and missing replies by code."""
+    """What became of the tasks of one site; ``problems`` counts rejected and missing replies by code.
+
+    ``away`` counts the tasks that were sent again because the site had gone before it answered.
+    """
 
     valid: int = 0
     late: int = 0
+    away: int = 0
     rejected: int = 0
     missing: int = 0
     training_tasks: int = 0

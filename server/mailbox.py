@@ -37,6 +37,7 @@ class Mailbox:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._overdue: dict[str, Late] = {}
+        self._lost: list[int] = []
 
     def ask(
         self, messages: Sequence[Message], *, deadline_seconds: float
@@ -62,6 +63,7 @@ class Mailbox:
                 if reply.has_error() and reply.error.code in _LOST:
                     node = message.metadata.dst_node_id
                     again[node] = (time.monotonic() + _PUSH_AGAIN_SECONDS, message)
+                    self._lost.append(node)
                     continue
                 yield message.metadata.dst_node_id, reply
                 del reply
@@ -78,6 +80,11 @@ class Mailbox:
             yield metadata.dst_node_id, None
         for node in again:
             yield node, None
+
+    def lost(self) -> list[int]:
+        """Returns the nodes that were away when a task was for them, once for each task, and forgets them."""
+        found, self._lost = self._lost, []
+        return found
 
     def late(self) -> list[Late]:
         """Returns the replies to earlier messages that have come since, and forgets them."""

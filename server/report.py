@@ -79,13 +79,17 @@ class Privacy(Part):
 
 
 class Participation(Part):
-    """A site's part in the run; ``story`` tells it in one line."""
+    """A site's part in the run; ``story`` tells it in one line.
+
+    ``tasks_sent_again`` counts those over which the site went away.
+    """
 
     status: str
     role: str
     rounds_valid: int
     rounds_late: int
     rounds_rejected: int
+    tasks_sent_again: int
     story: str
     patient_is: str
     offered: int | None = None
@@ -103,7 +107,10 @@ class Timing(Part):
 
 
 class Report(Part):
-    """Everything that a run tells about itself."""
+    """Everything that a run tells about itself.
+
+    ``restarts`` counts, by name, the processes of the coordinator that were started again while it went on.
+    """
 
     plan_hash: str
     run: str
@@ -118,6 +125,7 @@ class Report(Part):
     privacy: Privacy
     participation: dict[str, Participation]
     timing: Timing
+    restarts: dict[str, int]
     plan: dict[str, Any]
     notes: tuple[str, ...]
 

@@ -82,6 +82,7 @@ class Rounds:
         if self._plan.evaluation.test_at_end:
             test = self._evaluate("test", self._plan.rounds)
         self._deliver()
+        self._count_away()
         self._count_late()
         return test
 
@@ -99,6 +100,7 @@ class Rounds:
         valid: list[str] = []
         replies = self._valid_updates(messages, server_round=server_round, valid=valid)
         arrays, measures = self._strategy.aggregate_train(server_round, replies)
+        self._count_away()
         if len(valid) < plan.quorum or arrays is None or measures is None:
             raise QuorumNotReached(
                 f"Expected at least {plan.quorum} valid updates in round {server_round}, found "
@@ -251,6 +253,13 @@ class Rounds:
 
     def _learn_sites(self) -> None:
         self.state = replace(self.state, sites={**self.state.sites, **self._roster.sites})
+
+    def _count_away(self) -> None:
+        for node in self._mailbox.lost():
+            name = self._roster.name(node)
+            seen = self._attendance(name)
+            self._attend(name, replace(seen, away=seen.away + 1))
+            self._trail.record("site_away", site=name, round=self.state.server_round + 1)
 
     def _count_late(self) -> None:
         for late in self._mailbox.late():

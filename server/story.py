@@ -19,8 +19,20 @@ from server.rounds import Released
 Status = Literal["completed", "quorum_not_reached", "failed"]
 
 
-def report_of(state: RunState, *, plan: Plan, released: Released, status: Status, engine: str) -> Report:
-    """Returns the report of a run from what the coordinator may know."""
+def report_of(
+    state: RunState,
+    *,
+    plan: Plan,
+    released: Released,
+    status: Status,
+    engine: str,
+    restarts: Mapping[str, int],
+) -> Report:
+    """Returns the report of a run from what the coordinator may know.
+
+    Args:
+        restarts: how often each process of the coordinator was started again meanwhile.
+    """
     finished = datetime.now(UTC)
     started = datetime.fromisoformat(state.started)
     wall = (finished - started).total_seconds()
@@ -52,6 +64,7 @@ def report_of(state: RunState, *, plan: Plan, released: Released, status: Status
         timing=Timing(
             wall_seconds=wall, training_seconds=training, overhead_seconds=max(0.0, wall - training)
         ),
+        restarts=dict(restarts),
         plan=plan.model_dump(mode="json"),
         notes=tuple(_notes(plan, state.sites)),
     )
@@ -135,6 +148,7 @@ def _participation(site: Prepared | None, seen: Attendance, *, rounds: int) -> P
         rounds_valid=seen.valid,
         rounds_late=seen.late,
         rounds_rejected=seen.rejected,
+        tasks_sent_again=seen.away,
         story=_story(site, seen, rounds=rounds),
         patient_is=site.patient_is if site else "unknown",
     )
@@ -151,6 +165,8 @@ def _story(site: Prepared | None, seen: Attendance, *, rounds: int) -> str:
     else:
         told = f"trained {seen.valid} of {rounds} rounds"
     problems = [f"{count} x {code}" for code, count in sorted(seen.problems.items())]
+    if seen.away:
+        problems.append(f"went away over {seen.away} tasks, which were sent again")
     if seen.late:
         problems.append(f"{seen.late} late")
     return "; ".join([told, *problems])
