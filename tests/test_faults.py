@@ -1,7 +1,7 @@
-"""Any process may be killed at any point, and any connection cut: the run ends in the same bits, charged once.
+"""Any process may be killed at any point, and any connection cut: the run ends in the same bits.
 
-A real federation of four sites over TLS. Every scenario is a run with several faults, one after each round. The
-points are in ``tests/fault_points.py``.
+A real federation of four sites over TLS. Every scenario is a run with several faults, one after each round.
+The points are in ``tests/fault_points.py``.
 """
 
 from __future__ import annotations
@@ -345,7 +345,7 @@ def test_a_run_ends_in_the_same_bits_whatever_is_lost(stage: Stage, name: str) -
 
 
 def _require_told(stage: Stage, record: RunRecord, faults: tuple[Fault, ...], report: dict[str, Any]) -> None:
-    """Checks that the report names every loss that the coordinator can see, and a site's trail its worker's."""
+    """Checks that the report names every loss that the coordinator can see."""
     lost = Counter(fault.kills for fault in faults if fault.kills in COORDINATORS)
     lost["serverapp"] = sum(fault.owner == "server" and not fault.kills for fault in faults)
     for process, number in lost.items():
