@@ -111,6 +111,7 @@ __all__ = [
     "fleet_client",
     "get_all_nested_objects",
     "get_object_tree",
+    "limit_wait_for_content",
     "make_confirm_message_received_fn_protobuf",
     "make_pull_object_fn_protobuf",
     "make_push_object_fn_protobuf",
@@ -157,6 +158,15 @@ def shorten_backoff() -> None:
     """Shortens, in this process, the wait when a message is seen before its objects have arrived."""
     for function in (pull_objects, pull_and_inflate_object_from_tree):
         function.__kwdefaults__["initial_backoff"] = BACKOFF_SECONDS
+
+
+def limit_wait_for_content(seconds: float) -> None:
+    """Limits, in this process, the wait for the content of a message of which only the head is there.
+
+    Flower waits until the sender's session expires, after three minutes, and meanwhile for nothing else. The
+    message is answered with the error ``MESSAGE_UNAVAILABLE`` instead.
+    """
+    pull_objects.__kwdefaults__["max_time"] = seconds
 
 
 def pack_message(message: Message) -> bytes:

@@ -15,7 +15,7 @@ from safetensors.numpy import save
 
 from common import durable, model
 from common.errors import FeverfewError, QuorumNotReached
-from common.flower import shorten_backoff
+from common.flower import limit_wait_for_content, shorten_backoff
 from common.plan import Plan
 from common.trail import Trail
 from server import checkpoint
@@ -28,11 +28,16 @@ from server.strategy import FedAvg
 
 app = ServerApp()
 
+CONTENT_SECONDS = 5.0
+"""How long a reply may lag behind its head. A site that died in between never sends the rest; one on a slow
+link is asked again, and has then little to send: what has arrived is not sent twice."""
+
 
 @app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Runs the plan of the run config; a run that was interrupted goes on from its last checkpoint."""
     shorten_backoff()
+    limit_wait_for_content(CONTENT_SECONDS)
     plan = Plan.from_json(str(context.run_config["plan"]))
     run = str(context.run_config["run"])
     record = RunRecord(directory=run_directory(run))

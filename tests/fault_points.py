@@ -1,9 +1,9 @@
 """Points at which a test ends a process: named places in the product's code, armed by files.
 
 The product has no hooks for this. A process of a test federation has a ``sitecustomize`` that imports this
-module, which wraps functions of the product as they are imported. A point ``NAME.POINT`` is armed by a file of
-that name in the directory ``FAULT_POINTS``; ``NAME`` is a site, or ``server``. What stands in it is done once:
-``kill`` ends the process that arrives there by SIGKILL, ``mark`` only leaves ``NAME.POINT.reached``.
+module, which wraps functions of the product as they are imported. A point ``NAME.POINT`` is armed by a file
+of that name in the directory ``FAULT_POINTS``; ``NAME`` is a site, or ``server``. What stands in it is done
+once: ``kill`` ends the process that arrives there by SIGKILL, ``mark`` only leaves ``NAME.POINT.reached``.
 """
 
 from __future__ import annotations
