@@ -40,7 +40,8 @@ pytestmark = [
 
 SITES = ("east", "north", "south", "west")
 COORDINATORS = ("superlink", "superexec", "gateway")
-ROUNDS = 6
+ROUNDS = 14
+"""A fault takes two or three of them: one may end before the point is armed, and in another it happens."""
 START_AGAIN_SECONDS = 0.5
 """What a service manager waits before it starts an agent or a supervisor again."""
 
@@ -203,9 +204,9 @@ class Stage:
         return record
 
     def _faults(self, record: RunRecord, faults: tuple[Fault, ...]) -> None:
-        for number, fault in enumerate(faults, start=1):
-            if fault.point not in LAST:
-                wait_for(lambda number=number: _round(record) >= number, what=f"round {number}", seconds=120)  # type: ignore[misc]
+        if faults and faults[0].point not in LAST:
+            wait_for(lambda: _round(record) >= 1, what="the first round", seconds=120)
+        for fault in faults:
             self._do(fault, record)
 
     def _do(self, fault: Fault, record: RunRecord) -> None:
