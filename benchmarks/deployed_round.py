@@ -1,10 +1,10 @@
 """The fixed cost of a deployed round: a tiny model, no training, 4 sites on loopback; beside stock Flower.
 
-Run with ``python -m benchmarks.deployed_round``. Both have TLS and authenticated sites, and each site and each
-part of the server is a process of its own. Feverfew: gateway, SuperLink, SuperExec, agents. Flower:
-SuperLink with its own SuperExec, stock SuperNodes, FedAvg without evaluation, on a model of as many numbers. A
-round lasts from the end of the one before to its own end, as the server's app sees it; the first, which waits
-for the sites, is left out.
+Run with ``python -m benchmarks.deployed_round``. Both have TLS and authenticated sites, and each site and
+each part of the server is a process of its own. Feverfew: gateway, SuperLink, SuperExec, agents. Flower:
+SuperLink with its own SuperExec, stock SuperNodes, FedAvg without evaluation, on a model of as many numbers.
+A round lasts from the end of the one before to its own end, as the server's app sees it; the first, which
+waits for the sites, is left out.
 """
 
 from __future__ import annotations

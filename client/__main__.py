@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client import approval, coordinator, log, release, skeleton
+from client import approval, coordinator, log, release, rest, skeleton
 from client.agent import open_agent
 from client.site import Site, open_site
 from common import keys
@@ -68,6 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     rehearse.add_argument("plan", type=Path, help="a plan as JSON")
     rehearse.add_argument("--json", action="store_true", help="print JSON instead of a table")
     rehearse.set_defaults(verb=_rehearse)
+
+    pause = verbs.add_parser("pause", help="let the daemon rest after the task at hand, until resume")
+    pause.add_argument("directory", type=Path)
+    pause.set_defaults(verb=_pause)
+
+    resume = verbs.add_parser("resume", help="let a paused daemon work again")
+    resume.add_argument("directory", type=Path)
+    resume.set_defaults(verb=_resume)
 
     approve = verbs.add_parser("approve", help="agree to exactly one plan")
     approve.add_argument("directory", type=Path)
@@ -240,6 +248,20 @@ def _run(arguments: argparse.Namespace) -> int:
     _log_to(site)
     signal.signal(signal.SIGTERM, _leave)
     agent.run()
+    return 0
+
+
+def _pause(arguments: argparse.Namespace) -> int:
+    site = open_site(arguments.directory)
+    rest.pause(site.state)
+    print(f"{site.name} rests after the task at hand; feverfew-client resume {site.directory} ends it")
+    return 0
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    site = open_site(arguments.directory)
+    rest.resume(site.state)
+    print(f"{site.name} works again")
     return 0
 
 

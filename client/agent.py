@@ -13,18 +13,21 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Final, TypeVar
 
 import httpx
 from filelock import FileLock, Timeout
 from flwr.app import Context, Error, Message, RecordDict
 
+from client import rest
 from client.coordinator import open_coordinator
 from client.fleet import Fleet, Task, without_superseded
 from client.patience import MAX_RETRY_SECONDS, is_temporary, persist, reason
 from client.site import Site
+from client.vitals import Vitals
 from client.worker import DEFAULT_APP, WORKER_DIED, Worker, forkserver
-from common import flower, keys
+from common import flower, keys, monitor
 from common.errors import UserError
 from common.trail import Trail
 
@@ -70,6 +73,7 @@ class Agent:
     site: Site
     fleet: Fleet
     worker: Worker
+    vitals: Vitals = field(default_factory=Vitals)
     _configs: dict[int, dict[str, str]] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
     _lost: threading.Event = field(default_factory=threading.Event)
@@ -100,6 +104,7 @@ class Agent:
         pid_file.write_text(f"{os.getpid()}\n")
         flower.shorten_backoff()
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        end_monitor = self._monitor()
         try:
             self.worker.warm_up()
             self._activate()
@@ -110,11 +115,20 @@ class Agent:
             self.worker.kill()
             self._say_goodbye()
             self.fleet.close()
+            end_monitor()
             pid_file.unlink(missing_ok=True)
+
+    def _monitor(self) -> Callable[[], None]:
+        port = self.site.settings.monitor_port
+        if port is None:
+            return lambda: None
+        return monitor.serve(port, self.vitals.registry, is_ready=lambda: bool(self._node_id))
 
     def _work(self) -> None:
         since = time.monotonic()
         while not self._stop.is_set():
+            if why := self._rests():
+                self._rest(why)
             if self._lost.is_set():
                 self._activate()
             tasks = self._waiting_tasks()
@@ -123,6 +137,19 @@ class Agent:
                 since = time.monotonic()
             if not tasks:
                 self._stop.wait(pause_seconds(time.monotonic() - since))
+
+    def _rests(self) -> str:
+        return rest.reason(self.site.state, self.site.settings.hours, now=datetime.now())
+
+    def _rest(self, why: str) -> None:
+        """Is away for the coordinator, as long as there is a reason to rest."""
+        logger.info("resting: %s", why)
+        self._say_goodbye()
+        self.vitals.resting.set(1)
+        while self._rests() and not self._stop.wait(MAX_PAUSE_SECONDS):
+            pass
+        self.vitals.resting.set(0)
+        self._lost.set()
 
     def _waiting_tasks(self) -> list[Task]:
         """Fetches the heads of all tasks that wait; says no to those that a later round has overtaken."""
@@ -146,7 +173,12 @@ class Agent:
             self._decline(task)
         return kept
 
+    def _count(self, kind: str, outcome: str) -> None:
+        self.vitals.tasks.labels(kind, outcome).inc()
+        self.vitals.last_task.set_to_current_time()
+
     def _decline(self, task: Task) -> None:
+        self._count(task.head.metadata.message_type, SUPERSEDED)
         error = Error(code=flower.ErrorCode.UNKNOWN, reason=SUPERSEDED)
         try:
             self._persist(lambda: self.fleet.drop(task), seconds=task.head.metadata.ttl)
@@ -172,8 +204,10 @@ class Agent:
         )
         reply = self._answer(message, context)
         outcome = f"error: {reply.error.reason}" if reply.has_error() else "answered"
+        counted = "failed" if reply.has_error() else "answered"
         if not self._send(reply):
-            outcome += ", but not delivered"
+            outcome, counted = f"{outcome}, but not delivered", "undelivered"
+        self._count(meta.message_type, counted)
         logger.info(
             "run %s round %s %s: %s (%.1f s)",
             _shown_run(config),
@@ -195,6 +229,7 @@ class Agent:
             if not (reply.has_error() and reply.error.reason == WORKER_DIED) or attempt == ATTEMPTS:
                 break
             logger.warning("the worker died over a task; beginning it again")
+            self.vitals.worker_deaths.inc()
             self._trail.record("worker_restarted", run=_shown_run(context.run_config), attempt=attempt)
         return reply
 
@@ -238,6 +273,7 @@ class Agent:
             else:
                 (self.site.state / "node").write_text(f"{self._node_id}\n")
                 self._lost.clear()
+                self.vitals.connected.set(1)
                 logger.info("connected as node %d", self._node_id)
                 return
             self._stop.wait(delay)
@@ -262,6 +298,8 @@ class Agent:
     def _beat(self) -> None:
         """Keeps the site online until the end; runs in a thread of its own."""
         while not self._stop.wait(BEAT_SECONDS):
+            if not self._node_id:
+                continue  # it rests
             try:
                 known = self.fleet.beat()
             except httpx.HTTPStatusError as error:
@@ -277,6 +315,8 @@ class Agent:
                 self.fleet.deactivate(self._node_id)
             except httpx.HTTPError as error:
                 logger.info("the coordinator was not told that this site goes: %s", reason(error))
+            self._node_id = 0
+            self.vitals.connected.set(0)
 
 
 def _shown_run(config: Mapping[str, object]) -> str:
@@ -294,5 +334,12 @@ def open_agent(site: Site, *, app: str = DEFAULT_APP) -> Agent:
     key = keys.read_private(site.private / "site.key")
     fleet = Fleet(coordinator.address, tls=keys.trust_only(coordinator.certificate), key=key)
     log = site.state.resolve() / "agent.log"
-    worker = Worker(app, context=forkserver(), threads=site.settings.threads, log=log)
+    gigabytes = site.settings.max_memory_gigabytes
+    worker = Worker(
+        app,
+        context=forkserver(),
+        threads=site.settings.threads,
+        memory_bytes=None if gigabytes is None else int(gigabytes * 1e9),
+        log=log,
+    )
     return Agent(site=site, fleet=fleet, worker=worker)

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from client.case import PatientIs
 from client.listing import Listing
 from client.pacs_settings import Pacs
+from client.rest import Hours
 from client.rules import Fraction, Rules
 from common.errors import ConfigError, DataError
 from common.value import Positive, Value, first_problem
@@ -66,6 +67,9 @@ class SiteSettings(Value):
     approve: Literal["all", "none"]
     max_repeats: Annotated[int, Field(ge=0, le=100)]
     threads: Annotated[int, Field(ge=1, le=256)]
+    max_memory_gigabytes: Positive | None
+    hours: Hours | None
+    monitor_port: Annotated[int, Field(ge=1, le=65535)] | None
     max_cache_gigabytes: Positive
 
     @model_validator(mode="after")

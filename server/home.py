@@ -34,6 +34,9 @@ bind: {bind}
 # The port of the SuperLink. It listens on 127.0.0.1 only; whoever reaches it controls the federation, so this
 # computer must have no other users.
 internal_port: {internal_port}
+# A port on 127.0.0.1 where this computer can ask how the coordinator is: /health, /ready and /metrics
+# (docs/operation.md). null for none.
+monitor_port: null
 """
 
 
@@ -46,6 +49,7 @@ class CoordinatorSettings(BaseModel):
     port: Port
     bind: str
     internal_port: Port
+    monitor_port: Port | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +138,9 @@ def create_home(directory: Path, *, host: str, port: int, internal_port: int) ->
     if directory.exists():
         raise UserError(f"Expected no {directory}, found one; a coordinator's keys are never overwritten.")
     bind = host if _is_loopback(host) else "0.0.0.0"
-    settings = _settings({"host": host, "port": port, "bind": bind, "internal_port": internal_port})
+    settings = _settings(
+        {"host": host, "port": port, "bind": bind, "internal_port": internal_port, "monitor_port": None}
+    )
     building = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
     building.mkdir(mode=0o700, parents=True)
     try:

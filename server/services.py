@@ -30,6 +30,11 @@ class Service:
     is_ready: Callable[[], bool]
 
 
+def pid_file(home: Home, name: str) -> Path:
+    """Where a process of the coordinator is noted."""
+    return home.state / f"{name}.pid"
+
+
 def services(home: Home) -> tuple[Service, ...]:
     """Returns the coordinator's processes in the order in which they start."""
     binaries = Path(sys.executable).parent

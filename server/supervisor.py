@@ -11,18 +11,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
+from common import monitor
 from common.errors import DeploymentError, UserError
 from server import enrolment, process
 from server.dispatch import Dispatch, watch
 from server.home import Home
 from server.process import Identity
 from server.run_record import open_runs
-from server.services import Service, environment, services
+from server.services import Service, environment, pid_file, services
+from server.vitals import Vitals
 
 logger = logging.getLogger("feverfew.supervisor")
 
@@ -32,11 +33,6 @@ MIN_BACKOFF_SECONDS: Final = 0.5
 MAX_BACKOFF_SECONDS: Final = 30.0
 HEALTHY_SECONDS: Final = 60.0
 """After so long a life the pause before a restart is short again; it doubles with each death before that."""
-
-
-def pid_file(home: Home, name: str) -> Path:
-    """Where a process of the coordinator is noted."""
-    return home.state / f"{name}.pid"
 
 
 @dataclass(kw_only=True)
@@ -56,11 +52,13 @@ class Supervisor:
 
     home: Home
     _dispatch: Dispatch = field(init=False)
+    _vitals: Vitals = field(init=False)
     _supervised: list[Supervised] = field(default_factory=list)
     _stopping: bool = False
 
     def __post_init__(self) -> None:
         self._dispatch = Dispatch(home=self.home)
+        self._vitals = Vitals(self.home)
 
     def run(self, *, say: Callable[[str], None] = print) -> None:
         """Starts everything, watches it, ends it after SIGTERM or SIGINT.
@@ -98,14 +96,24 @@ class Supervisor:
                 say(f"{service.name} is ready (pid {self._supervised[-1].process.pid})")
             else:
                 say(f"coordinator is ready at {self.home.settings.host}:{self.home.settings.port}")
-            end_dispatch = watch(self._dispatch, threading.Event())
+            end_dispatch, end_monitor = watch(self._dispatch, threading.Event()), self._monitor()
             while not self._stopping:
                 self._look_after()
                 time.sleep(LOOK_SECONDS)
+            end_monitor()
             end_dispatch()
         finally:
             self._end_all(say)
             pid_file(self.home, "supervisor").unlink(missing_ok=True)
+
+    def _monitor(self) -> Callable[[], None]:
+        port = self.home.settings.monitor_port
+        if port is None:
+            return lambda: None
+        return monitor.serve(port, self._vitals.registry, is_ready=self._is_ready)
+
+    def _is_ready(self) -> bool:
+        return all(one.due is None and one.service.is_ready() for one in self._supervised)
 
     def _note_signal(self, *_: Any) -> None:
         self._stopping = True
@@ -165,6 +173,7 @@ class Supervisor:
                 self._supervised[place] = fresh
                 logger.warning("%s was started again (pid %d)", supervised.service.name, fresh.process.pid)
                 self._dispatch.restarted(supervised.service.name)
+                self._vitals.restarts.labels(supervised.service.name).inc()
 
     def _plan_restart(self, supervised: Supervised, *, code: int, now: float) -> None:
         lived = now - supervised.begun

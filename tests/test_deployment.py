@@ -23,10 +23,9 @@ from common.plan import Plan
 from server import submission
 from server.home import Home, open_home
 from server.process import Identity
-from server.services import HEADS_DIRECTORY, RUN_DIRECTORY
+from server.services import HEADS_DIRECTORY, RUN_DIRECTORY, pid_file
 from server.status import Status, status
 from server.submission import Followed, Outcome
-from server.supervisor import pid_file
 from simulations import engine
 from tests import plans, sites
 

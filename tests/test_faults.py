@@ -27,7 +27,7 @@ from common.plan import Plan
 from server import submission
 from server.process import Identity
 from server.run_record import RunRecord
-from server.supervisor import pid_file
+from server.services import pid_file
 from tests import fault_points, plans
 from tests.proxy import Proxy
 from tests.test_deployment import BINARIES, ROOT, Federation, free_ports, wait_for

@@ -15,7 +15,7 @@ import pytest
 
 from common import trail
 from server import dispatch as dispatching
-from server import submission, supervisor
+from server import services, submission
 from server.control import FlowerRun
 from server.dispatch import Dispatch
 from server.home import Home, create_home
@@ -70,7 +70,7 @@ def record(tmp_path: Path) -> RunRecord:
     home = create_home(tmp_path / "home", host="127.0.0.1", port=1, internal_port=2)
     own = Identity.of(os.getpid())
     assert own is not None
-    own.write(supervisor.pid_file(home, "supervisor"))
+    own.write(services.pid_file(home, "supervisor"))
     submission.submit(home, "{}", "run-1")
     return RunRecord(directory=home.runs / "run-1")
 

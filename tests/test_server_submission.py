@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from common.errors import ConfigError, DeploymentError, UserError
-from server import bundle, submission, supervisor
+from server import bundle, services, submission
 from server.home import Home, create_home
 from server.process import Identity
 from server.progress import Progress
@@ -58,7 +58,7 @@ def running(home: Home) -> Home:
     """A home whose supervisor is this process."""
     own = Identity.of(os.getpid())
     assert own is not None
-    own.write(supervisor.pid_file(home, "supervisor"))
+    own.write(services.pid_file(home, "supervisor"))
     return home
 
 
