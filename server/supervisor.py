@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from common import monitor
 from common.errors import DeploymentError, UserError
-from server import enrolment, process
+from server import enrolment, flower_state, process
 from server.dispatch import Dispatch, watch
 from server.home import Home
 from server.process import Identity
@@ -124,6 +124,8 @@ class Supervisor:
                 logger.info("registered %s", name)
 
     def _start(self, service: Service) -> Supervised:
+        if service.name == "superlink":
+            self._look_at_state()
         workplace = self.home.state / "empty"  # Flower's programs import from their working directory
         workplace.mkdir(mode=0o700, exist_ok=True)
         with (self.home.logs / f"{service.name}.log").open("ab") as log:
@@ -140,6 +142,15 @@ class Supervisor:
         if identity is not None:
             identity.write(pid_file(self.home, service.name))
         return Supervised(service=service, process=child, begun=time.monotonic())
+
+    def _look_at_state(self) -> None:
+        aside = flower_state.set_aside_if_damaged(self.home.state / "superlink.db")
+        if aside is not None:
+            logger.error(
+                "Expected a whole data base of the SuperLink, found a damaged one, which is %s now; sites "
+                "and open runs are made known to a new one.",
+                aside,
+            )
 
     def _wait_until_ready(self, supervised: Supervised) -> None:
         service = supervised.service
