@@ -125,6 +125,16 @@ def examine(lines: Sequence[bytes], *, name: str, key: PublicKey, head: Head | N
     return Finding(trail=name, lines=len(lines), signed_to=signed_to, line=line, problem=problem)
 
 
+def report(findings: Sequence[Finding], *, as_json: bool) -> int:
+    """Prints what was found of trails, a line for each; returns the exit code: 1 where any is broken."""
+    is_unbroken = all(found.is_unbroken for found in findings)
+    if as_json:
+        print(json.dumps({"unbroken": is_unbroken, "trails": [asdict(found) for found in findings]}))
+    else:
+        print("\n".join(found.to_text() for found in findings))
+    return 0 if is_unbroken else 1
+
+
 def _of_the_chain(events: Sequence[Event | None], hashes: Sequence[str]) -> Iterator[Problem]:
     for number, event in enumerate(events, start=1):
         if event is None:

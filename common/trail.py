@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import pwd
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from common.chain import GENESIS
+
+logger = logging.getLogger("feverfew.trail")
 
 FILE: Final = "events.jsonl"
 LINE_CLOSED: Final = "line_closed"
@@ -53,6 +56,13 @@ class Trail:
         """Appends one event with its time (UTC, milliseconds)."""
         with self.locked() as descriptor:
             append(descriptor, event, fields)
+
+    def record_if_possible(self, event: str, **fields: Any) -> None:
+        """Appends one event; what cannot be written, on a full disk above all, is said in the log only."""
+        try:
+            self.record(event, **fields)
+        except OSError as error:
+            logger.error("%s could not be written to the trail %s: %s", event, self._path, error.strerror)
 
     @contextmanager
     def locked(self) -> Iterator[int]:
