@@ -65,6 +65,8 @@ class Finding:
 
     def to_text(self) -> str:
         """Returns one line for a person."""
+        if self.problem and not self.line:
+            return f"{self.trail}: broken: {self.problem}"
         if self.problem:
             return f"{self.trail}: broken at line {self.line}: {self.problem}"
         since = self.lines - self.signed_to
@@ -188,9 +190,17 @@ def _lines(path: Path) -> list[bytes]:
 def read_head(path: Path) -> Head | None:
     """Returns what the second file remembers; None where it is missing or not such a file."""
     try:
-        tree = json.loads(path.read_text(encoding="ascii"))
+        return parse_head(path.read_bytes())
+    except OSError:
+        return None
+
+
+def parse_head(content: bytes) -> Head | None:
+    """Returns what such a file holds; None where it is something else."""
+    try:
+        tree = json.loads(content)
         return Head(number=int(tree["number"]), hash=str(tree["hash"]), signature=str(tree["signature"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return None
 
 

@@ -89,6 +89,11 @@ def verify(home: Home, *, run: str | None) -> list[Finding]:
     return [own, *of_runs]
 
 
+def fingerprint(home: Home) -> str:
+    """Returns the short form of the key that signs trails and packs, for a telephone."""
+    return keys.fingerprint(keys.own(home.trail_key).public_key())
+
+
 def run_name(run: str) -> str:
     """Returns the name under which a run's trail is signed."""
     return f"run {run}"
