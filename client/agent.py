@@ -183,6 +183,7 @@ class Agent:
     def _decline(self, task: Task) -> None:
         self._count(task.head.metadata.message_type, SUPERSEDED)
         error = Error(code=flower.ErrorCode.UNKNOWN, reason=SUPERSEDED)
+        trail.record_if_possible(self.site, "refused", code=SUPERSEDED)
         try:
             self._persist(lambda: self.fleet.drop(task), seconds=task.head.metadata.ttl)
             self._send(Message(error, reply_to=task.head))

@@ -50,7 +50,7 @@ class Seal:
 class Finding:
     """What was found of a trail. ``line``, ``problem``: the first that is wrong; 0 and "" if nothing is.
 
-    signed_to: all lines up to this one are proven; 0 where nothing was ever signed.
+    signed_to: all lines up to this one are proven; 0 where nothing was ever signed. ``unit``: what is counted.
     """
 
     trail: str
@@ -58,6 +58,7 @@ class Finding:
     signed_to: int
     line: int
     problem: str
+    unit: str = "lines"
 
     @property
     def is_unbroken(self) -> bool:
@@ -71,7 +72,7 @@ class Finding:
             return f"{self.trail}: broken at line {self.line}: {self.problem}"
         since = self.lines - self.signed_to
         more = f", and {since} not signed yet" if since else ""
-        return f"{self.trail}: unbroken, {self.signed_to} lines signed{more}"
+        return f"{self.trail}: unbroken, {self.signed_to} {self.unit} signed{more}"
 
 
 def sign(path: Path, seal: Seal) -> None:

@@ -73,7 +73,8 @@ def verify(path: Path) -> list[Finding]:
     except (KeyError, ValueError, UserError, TypeError):
         raise DataError(f"Expected a pack in {path}, found no {KEY} or {JSON_NAME} in it.") from None
     problem = _problem(files, key)
-    pack = Finding(trail="pack", lines=len(files), signed_to=len(files), line=0, problem=problem)
+    number = len(files)
+    pack = Finding(trail="pack", lines=number, signed_to=number, line=0, problem=problem, unit="files")
     remembered = seal.parse_head(files.get(HEAD, b""))
     lines = list(io.BytesIO(files.get(LINES, b"")))
     return [pack, seal.examine(lines, name=trails.run_name(run), key=key, head=remembered)]
