@@ -50,7 +50,7 @@ class Seal:
 class Finding:
     """What was found of a trail. ``line``, ``problem``: the first that is wrong; 0 and "" if nothing is.
 
-    signed_to: all lines up to this one are proven; 0 where nothing was ever signed. ``unit``: what is counted.
+    signed_to: all lines up to this one are proven; 0 where nothing was ever signed. unit: what is counted.
     """
 
     trail: str
