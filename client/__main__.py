@@ -1,4 +1,5 @@
-"""Verbs of a hospital: ``feverfew-client init|fetch|check|rehearse|approve|ledger|used|withdraw|run``."""
+"""Verbs of a hospital: ``feverfew-client``
+``init|fetch|check|rehearse|approve|ledger|used|withdraw|trail|run``."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client import approval, coordinator, log, release, rest, skeleton
+from client import approval, coordinator, log, release, rest, skeleton, trail
 from client.agent import open_agent
 from client.site import Site, open_site
-from common import keys
+from common import keys, seal
 from common.command import exit_code
 from common.errors import DataError, UserError
 from common.invitation import Invitation
@@ -115,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     withdraw.add_argument("--undo", action="store_true", help="take the withdrawal of this patient back")
     withdraw.add_argument("--json", action="store_true", help="print JSON instead of tables")
     withdraw.set_defaults(verb=_withdraw)
+
+    trail = verbs.add_parser("trail", help="prove that the log of what this site did is unbroken")
+    trail.add_argument("action", choices=("verify",))
+    trail.add_argument("directory", type=Path)
+    trail.add_argument("--json", action="store_true", help="print JSON instead of a line")
+    trail.set_defaults(verb=_trail)
 
     run = verbs.add_parser("run", help="work for the coordinator until stopped")
     run.add_argument("directory", type=Path)
@@ -233,6 +240,10 @@ def _withdraw(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print("the withdrawal is undone" if arguments.undo else "withdrawn: no later task uses this patient")
     return patient.report(site, named, as_json=arguments.json)
+
+
+def _trail(arguments: argparse.Namespace) -> int:
+    return seal.report([trail.verify(open_site(arguments.directory))], as_json=arguments.json)
 
 
 def _patient(arguments: argparse.Namespace) -> str:

@@ -20,7 +20,7 @@ import httpx
 from filelock import FileLock, Timeout
 from flwr.app import Context, Error, Message, RecordDict
 
-from client import rest
+from client import rest, trail
 from client.coordinator import open_coordinator
 from client.fleet import Fleet, Task, without_superseded
 from client.patience import MAX_RETRY_SECONDS, is_temporary, persist, reason
@@ -29,7 +29,7 @@ from client.vitals import Vitals
 from client.worker import DEFAULT_APP, WORKER_DIED, Worker, forkserver
 from common import flower, keys, monitor
 from common.errors import UserError
-from common.trail import Trail
+from common.trail import account
 
 logger = logging.getLogger("feverfew.agent")
 Answer = TypeVar("Answer")
@@ -102,6 +102,7 @@ class Agent:
     def _run_alone(self) -> None:
         pid_file = self.site.state / "agent.pid"
         pid_file.write_text(f"{os.getpid()}\n")
+        trail.record_if_possible(self.site, "started", by=account())
         flower.shorten_backoff()
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         end_monitor = self._monitor()
@@ -117,6 +118,8 @@ class Agent:
             self.fleet.close()
             end_monitor()
             pid_file.unlink(missing_ok=True)
+            trail.record_if_possible(self.site, "stopped")
+            trail.sign(self.site)
 
     def _monitor(self) -> Callable[[], None]:
         port = self.site.settings.monitor_port
@@ -180,6 +183,7 @@ class Agent:
     def _decline(self, task: Task) -> None:
         self._count(task.head.metadata.message_type, SUPERSEDED)
         error = Error(code=flower.ErrorCode.UNKNOWN, reason=SUPERSEDED)
+        trail.record_if_possible(self.site, "refused", code=SUPERSEDED)
         try:
             self._persist(lambda: self.fleet.drop(task), seconds=task.head.metadata.ttl)
             self._send(Message(error, reply_to=task.head))
@@ -205,7 +209,10 @@ class Agent:
         reply = self._answer(message, context)
         outcome = f"error: {reply.error.reason}" if reply.has_error() else "answered"
         counted = "failed" if reply.has_error() else "answered"
-        if not self._send(reply):
+        is_sent = self._send(reply)
+        told = {"run": _shown_run(config), "round": task.server_round, "message": meta.message_type}
+        trail.record_if_possible(self.site, "sent" if is_sent else "not_sent", **told, outcome=outcome)
+        if not is_sent:
             outcome, counted = f"{outcome}, but not delivered", "undelivered"
         self._count(meta.message_type, counted)
         logger.info(
@@ -230,12 +237,8 @@ class Agent:
                 break
             logger.warning("the worker died over a task; beginning it again")
             self.vitals.worker_deaths.inc()
-            self._trail.record("worker_restarted", run=_shown_run(context.run_config), attempt=attempt)
+            trail.record(self.site, "worker_restarted", run=_shown_run(context.run_config), attempt=attempt)
         return reply
-
-    @property
-    def _trail(self) -> Trail:
-        return Trail(self.site.state / "events.jsonl")
 
     def _send(self, reply: Message) -> bool:
         try:

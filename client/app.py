@@ -10,7 +10,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
-from client import log, release, work
+from client import log, release, trail, work
 from client.site import Site, open_site, site_directory
 from common import exchange, model
 from common.errors import ConfigError, FeverfewError, LedgerError, Refusal, UnusableCase
@@ -73,6 +73,8 @@ def _answer(
         plan = _plan(str(context.run_config["plan"]))
         if task.plan_hash != plan.hash or task.run != context.run_config["run"]:
             raise Refusal("other_plan")
+        fields = {"run": task.run, "plan_hash": plan.hash, "round": task.server_round, "part": task.part}
+        trail.record(site, "received", purpose=task.purpose, **fields)
         content = do(site, plan, task)
         release.attach_ledger_head(site, content)
     except LedgerError as error:
@@ -95,7 +97,13 @@ def _answer(
         if site is not None:
             log.keep_error(site, error)
         content = exchange.refusal_record("site_error")
+    _note_refusal(site, content)
     return Message(content, reply_to=message)
+
+
+def _note_refusal(site: Site | None, content: RecordDict) -> None:
+    if site is not None and "refused" in content.config_records:
+        trail.record_if_possible(site, "refused", code=content.config_records["refused"]["code"])
 
 
 @lru_cache(maxsize=4)

@@ -6,10 +6,12 @@ import json
 from datetime import UTC, datetime
 from pathlib import Path
 
+from client import trail
 from client.site import Site
 from common import durable
 from common.errors import Refusal
 from common.plan import NoPrivacy, Plan
+from common.trail import account
 
 
 def require(site: Site, plan: Plan) -> None:
@@ -51,6 +53,8 @@ def known_plans(site: Site) -> dict[str, Plan]:
 def approve(site: Site, plan: Plan) -> None:
     """Records a person's approval of exactly this plan."""
     _write(site.private / "approvals", plan)
+    trail.record(site, "approved", plan_hash=plan.hash, by=account())
+    trail.sign(site)
 
 
 def _kept(site: Site) -> Path:

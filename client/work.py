@@ -14,9 +14,8 @@ from pathlib import Path
 from safetensors.numpy import save
 from torch import nn
 
-from client import approval, evaluation, quarantine, release, training, usage, withdrawal
+from client import approval, evaluation, quarantine, release, trail, training, usage, withdrawal
 from client.cohort import Cohort, Part, open_cohort
-from client.files import private_directory
 from client.noise import Key, secure_key, seeded_key
 from client.replies import Reply
 from client.site import Site
@@ -28,7 +27,6 @@ from common.exchange import Prepared, Scored, Task, Update
 from common.measure import Exact
 from common.plan import NoPrivacy, Plan
 from common.privacy import Spend
-from common.trail import Trail
 
 logger = logging.getLogger("feverfew.site")
 
@@ -50,7 +48,8 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
         logger.error("%s", error)
         reason = "ledger_broken"
     status = {"": "approved", "not_approved": "waiting"}.get(reason, "declined")
-    _trail(site).record("prepared", run=task.run, plan_hash=plan.hash, status=status, reason=reason)
+    trail.record(site, "prepared", run=task.run, plan_hash=plan.hash, status=status, reason=reason)
+    trail.sign(site)  # a run that ended badly is not told to the site, so what it left is signed here
     return Prepared(
         site=site.name,
         status=status,
@@ -151,7 +150,8 @@ def keep_model(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Pat
     durable.write(directory / "plan.json", plan.to_json().encode())
     named = model.named_arrays(network, task.parameters)
     durable.write(directory / "model.safetensors", save(named))
-    _trail(site).record("model_received", run=task.run, plan_hash=plan.hash)
+    trail.record(site, "model_received", run=task.run, plan_hash=plan.hash)
+    trail.sign(site)
     return directory
 
 
@@ -244,7 +244,3 @@ def _progress(site: Site, plan: Plan, task: Task) -> Iterator[Callable[[int, int
         )
 
     yield on_step
-
-
-def _trail(site: Site) -> Trail:
-    return Trail(private_directory(site.state) / "events.jsonl")

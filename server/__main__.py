@@ -1,4 +1,4 @@
-"""Verbs of the coordinator: ``feverfew-server init|enroll|start|plan|submit|status``."""
+"""Verbs of the coordinator: ``feverfew-server init|enroll|start|plan|submit|stop|trail|status``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import logging
 import sys
 from pathlib import Path
 
-from common import keys
+from common import keys, seal
 from common.command import exit_code
 from common.config import compose_plan
-from common.errors import DataError
+from common.errors import DataError, UserError
 from common.plan import Plan
-from server import enrolment, submission
+from server import enrolment, pack, submission
+from server import trail as trails
 from server.home import create_home, open_home
 from server.progress import Progress
 from server.status import Status, status
@@ -68,6 +69,19 @@ def _parser() -> argparse.ArgumentParser:
     stop.add_argument("run", help="our id of the run")
     stop.set_defaults(verb=_stop)
 
+    trail = verbs.add_parser("trail", help="prove that the logs of what was done are unbroken, or export one")
+    actions = trail.add_subparsers(required=True, metavar="ACTION")
+    verify = actions.add_parser("verify", help="check every line and every signature")
+    verify.add_argument("path", type=Path, help="a coordinator's directory, or a pack that was exported")
+    verify.add_argument("--run", help="of this run only (default: the coordinator's own and all runs')")
+    verify.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    verify.set_defaults(verb=_verify)
+    export = actions.add_parser("export", help="write the pack of a run for a data-protection officer")
+    export.add_argument("home", type=Path)
+    export.add_argument("run", help="our id of the run")
+    export.add_argument("--output", type=Path, required=True, metavar="FILE.zip")
+    export.set_defaults(verb=_export)
+
     show = verbs.add_parser("status", help="show processes, sites and runs")
     show.add_argument("home", type=Path)
     show.add_argument("--json", action="store_true")
@@ -80,6 +94,7 @@ def _init(arguments: argparse.Namespace) -> int:
     home = create_home(arguments.home, host=arguments.host, port=arguments.port, internal_port=internal_port)
     print(f"made {home.directory} for a gateway at {home.invitation.address}")
     print(f"the fingerprint of its certificate is {home.invitation.fingerprint}")
+    print(f"the fingerprint of the key that signs its trails is {trails.fingerprint(home)}")
     return 0
 
 
@@ -139,6 +154,26 @@ def _submit(arguments: argparse.Namespace) -> int:
 def _stop(arguments: argparse.Namespace) -> int:
     submission.stop(open_home(arguments.home), arguments.run)
     print(f"run {arguments.run} was stopped")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    path: Path = arguments.path
+    if pack.is_pack(path):
+        if arguments.run is not None:
+            raise UserError("Expected --run with a coordinator's directory, found it with a pack.")
+        findings = pack.verify(path)
+        print(f"the key of this pack is {pack.fingerprint(path)}; is it the coordinator's?", file=sys.stderr)
+    else:
+        findings = trails.verify(open_home(path), run=arguments.run)
+    return seal.report(findings, as_json=arguments.json)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    home = open_home(arguments.home)
+    found = pack.export(home, arguments.run, output=arguments.output)
+    print(found.to_text())
+    print(f"wrote {arguments.output}; it is signed by the key {trails.fingerprint(home)}")
     return 0
 
 

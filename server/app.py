@@ -25,6 +25,7 @@ from server.rounds import Released, Rounds
 from server.run_record import EVENTS, PLAN, End, RunRecord
 from server.story import Status, report_of
 from server.strategy import FedAvg
+from server.trail import signed
 
 app = ServerApp()
 
@@ -45,13 +46,14 @@ def main(grid: Grid, context: Context) -> None:
         return
     record.directory.mkdir(parents=True, exist_ok=True)
     record.begin_life(context.run_id)
-    with noted_end(record):
+    heads, key = Path(os.environ["FEVERFEW_HEADS_DIRECTORY"]), Path(os.environ["FEVERFEW_TRAIL_KEY"])
+    with noted_end(record), signed(record.directory / EVENTS, run=run, key=key, heads=heads):
         coordinate(
             grid,
             plan,
             run=run,
             directory=record.directory,
-            heads=Heads(Path(os.environ["FEVERFEW_HEADS_DIRECTORY"])),
+            heads=Heads(heads),
             engine=engine(),
         )
 

@@ -9,6 +9,7 @@ import httpx
 
 from common import keys
 from common.errors import ConfigError, UserError
+from server import trail
 from server.control import Control
 from server.home import Home
 
@@ -54,6 +55,8 @@ def record(home: Home, name: str, *, public_text: str) -> Enrolled:
             raise UserError(f"Expected a new key, found that it is enrolled as {known.name}.")
     with (home.sites / f"{name}.pub").open("x", encoding="ascii") as file:
         file.write(keys.public_text(site.public_key))
+    trail.record(home, "enrolled", site=name, key=keys.fingerprint(site.public_key))
+    trail.sign(home)
     return site
 
 

@@ -72,6 +72,11 @@ class Home:
         return self.directory / "private" / "server.key"
 
     @property
+    def trail_key(self) -> Path:
+        """Signs trails and nothing else; made at the first use."""
+        return self.directory / "private" / "trail.key"
+
+    @property
     def superexec_secret(self) -> Path:
         return self.directory / "private" / "superexec.secret"
 

@@ -96,7 +96,7 @@ class Rounds:
                 server_round, record.array_records["arrays"], record.config_records["task"], self._grid
             )
         )
-        self._trail.record("round_started", round=server_round, rounds=plan.rounds, sites=len(messages))
+        self._note_asked("round_started", messages, task, rounds=plan.rounds)
         valid: list[str] = []
         replies = self._valid_updates(messages, server_round=server_round, valid=valid)
         arrays, measures = self._strategy.aggregate_train(server_round, replies)
@@ -193,7 +193,7 @@ class Rounds:
         )
         statistics: dict[str, Statistic] = {}
         noise_std: dict[str, float] = {}
-        self._trail.record("evaluation_started", round=server_round, part=part, sites=len(messages))
+        self._note_asked("evaluation_started", messages, task, part=part)
         for node, reply in self._mailbox.ask(messages, deadline_seconds=self._plan.reply_deadline_seconds):
             name = self._roster.name(node)
             site = self._roster.sites[name]
@@ -218,6 +218,7 @@ class Rounds:
                 )
             seen = self._attendance(name)
             self._attend(name, replace(seen, evaluations=(*seen.evaluations, part)))
+            self._trail.record("scores", round=server_round, part=part, site=name)
         return Released(statistics=statistics, noise_std=noise_std)
 
     def _deliver(self) -> None:
@@ -267,6 +268,11 @@ class Rounds:
             seen = self._attendance(name)
             self._attend(name, replace(seen, late=seen.late + 1))
             self._trail.record("reply_late", site=name, round=late.group)
+
+    def _note_asked(self, event: str, messages: list[Message], task: Task, **more: Any) -> None:
+        asked = [self._roster.name(message.metadata.dst_node_id) for message in messages]
+        told = {"round": task.server_round, **more, "sites": len(asked), "asked": asked}
+        self._trail.record(event, **told, task=task.identity)
 
     def _note(self, name: str, code: str, server_round: int) -> None:
         self._attend(name, self._attendance(name).with_problem(code))

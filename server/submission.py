@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from common import durable
 from common.errors import ConfigError, DeploymentError, UserError
-from server import bundle
+from common.trail import parse
+from server import bundle, trail
 from server.home import Home
 from server.process import Identity
 from server.run_record import EVENTS, PLAN, End, RunRecord, Submission
@@ -93,11 +94,14 @@ def submit(
     record = RunRecord(directory=home.runs / run_id)
     record.directory.mkdir(mode=0o700, exist_ok=True)
     _keep_plan(record.directory / PLAN, plan_json)
-    events = record.directory / EVENTS
-    events_bytes = events.stat().st_size if events.exists() else 0
     asked = Submission(run=run_id, submitted=time.time(), server_app=server_app, client_app=client_app)
     former = record.submission
-    if former is None or record.end is not None:
+    is_new = former is None or record.end is not None
+    if is_new:
+        trail.record_submission(home, run_id, plan_json=plan_json)
+    events = record.directory / EVENTS
+    events_bytes = events.stat().st_size if events.exists() else 0
+    if is_new:
         record.keep(asked if former is None else replace(former, flower_run=0, lives=0))
         record.reopen()
     return Followed(run=run_id, events_bytes=events_bytes)
@@ -113,6 +117,7 @@ def stop(home: Home, run_id: str) -> None:
     submission = record.submission if RUN_ID.fullmatch(run_id) else None
     if submission is None or record.end is not None:
         raise UserError(f"Expected a run that is going on, found none of the id {run_id!r}.")
+    trail.record_stop(home, run_id)
     record.finish(End(status="stopped", message="stopped by the coordinator"))
     if submission.flower_run and is_running(home):
         with home.control() as control:
@@ -179,5 +184,6 @@ def _new_events(path: Path, *, offset: int) -> Iterator[list[Event]]:
                     if not line.endswith(b"\n"):
                         break
                     offset += len(line)
-                    events.append(json.loads(line))
+                    if (event := parse(line)) is not None:
+                        events.append(event)
         yield events

@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from common import monitor
 from common.errors import DeploymentError, UserError
-from server import enrolment, flower_state, process
+from server import enrolment, flower_state, process, trail
 from server.dispatch import Dispatch, watch
 from server.home import Home
 from server.process import Identity
@@ -82,6 +82,7 @@ class Supervisor:
         identity = Identity.of(os.getpid())
         assert identity is not None
         identity.write(pid_file(self.home, "supervisor"))
+        trail.record_if_possible(self.home, "started")
         try:
             self._end_leftovers()
             for service in services(self.home):
@@ -105,6 +106,8 @@ class Supervisor:
         finally:
             self._end_all(say)
             pid_file(self.home, "supervisor").unlink(missing_ok=True)
+            trail.record_if_possible(self.home, "stopped")
+            trail.sign(self.home)
 
     def _monitor(self) -> Callable[[], None]:
         port = self.home.settings.monitor_port
