@@ -1,5 +1,4 @@
-"""Verbs of a hospital: ``feverfew-client``
-``init|fetch|check|rehearse|approve|ledger|used|withdraw|trail|run``."""
+"""Verbs of a hospital: ``feverfew-client init|renew|fetch|check|rehearse|approve|...|run``."""
 
 from __future__ import annotations
 
@@ -11,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client import approval, coordinator, log, release, rest, skeleton, trail
+from client import approval, coordinator, credential, log, release, rest, skeleton, trail
 from client.agent import open_agent
 from client.site import Site, open_site
-from common import keys, seal
+from common import certificates, keys, seal
 from common.command import exit_code
 from common.errors import DataError, UserError
 from common.invitation import Invitation
@@ -40,6 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--nominal-patients", type=int, help="public number of patients in the training part")
     init.add_argument("--invitation", type=Path, help="the file that the coordinator sent")
     init.set_defaults(verb=_init)
+
+    renew = verbs.add_parser("renew", help="make a new key for connections, and a request to the coordinator")
+    renew.add_argument("directory", type=Path)
+    renew.set_defaults(verb=_renew)
 
     fetch = verbs.add_parser("fetch", help="bring the images that site.yaml asks for from the PACS")
     fetch.add_argument("directory", type=Path)
@@ -137,13 +140,28 @@ def _init(arguments: argparse.Namespace) -> int:
     name = arguments.name or _known_name(directory)
     for path in skeleton.complete(directory, name=name, nominal_patients=arguments.nominal_patients):
         print(f"made {path}")
-    public = directory / "private" / "site.pub"
-    key = keys.parse_public(_text(public))
-    print(f"send {public} to the coordinator; its fingerprint is {keys.fingerprint(key)}")
-    if invitation is not None:
+    if invitation is None:
+        _tell_request(directory, name=name)
+    else:
         coordinator.accept(invitation, directory=directory)
+        accepted = credential.accept(directory / "private", invitation, name=name)
         print(f"invited to {invitation.address}; the coordinator's fingerprint is {invitation.fingerprint}")
+        print(f"admitted until {accepted.certificate.not_valid_after_utc:%Y-%m-%d}")
     return 0
+
+
+def _renew(arguments: argparse.Namespace) -> int:
+    site = open_site(arguments.directory)
+    fresh = credential.renew(site.private)
+    credential.write_request(site.directory, fresh, name=site.name)
+    _tell_request(site.directory, name=site.name)
+    return 0
+
+
+def _tell_request(directory: Path, *, name: str) -> None:
+    path = credential.request_file(directory, name=name)
+    key = certificates.read_request(_text(path), name=name)
+    print(f"send {path} to the coordinator; its fingerprint is {keys.fingerprint(key)}")
 
 
 def _known_name(directory: Path) -> str:

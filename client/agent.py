@@ -6,6 +6,7 @@ runs is the code that is installed. It opens connections, and accepts none.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -21,13 +22,13 @@ from filelock import FileLock, Timeout
 from flwr.app import Context, Error, Message, RecordDict
 
 from client import rest, trail
-from client.coordinator import open_coordinator
+from client.access import Access
 from client.fleet import Fleet, Task, without_superseded
 from client.patience import MAX_RETRY_SECONDS, is_temporary, persist, reason
 from client.site import Site
 from client.vitals import Vitals
 from client.worker import DEFAULT_APP, WORKER_DIED, Worker, forkserver
-from common import flower, keys, monitor
+from common import flower, monitor
 from common.errors import UserError
 from common.trail import account
 
@@ -68,11 +69,13 @@ class Agent:
         site: the site it works for.
         fleet: the connection to the coordinator.
         worker: the process with the ClientApp.
+        access: where a renewed key appears; None where none can.
     """
 
     site: Site
     fleet: Fleet
     worker: Worker
+    access: Access | None = None
     vitals: Vitals = field(default_factory=Vitals)
     _configs: dict[int, dict[str, str]] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -139,6 +142,7 @@ class Agent:
                 self._do(task)
                 since = time.monotonic()
             if not tasks:
+                self._change_key()
                 self._stop.wait(pause_seconds(time.monotonic() - since))
 
     def _rests(self) -> str:
@@ -274,13 +278,33 @@ class Agent:
                 text = flower.refusal_text(error)
                 logger.warning("not admitted (%s): is this site's key enrolled, and the clock right?", text)
             else:
-                (self.site.state / "node").write_text(f"{self._node_id}\n")
+                self._note_node()
                 self._lost.clear()
                 self.vitals.connected.set(1)
-                logger.info("connected as node %d", self._node_id)
                 return
             self._stop.wait(delay)
             delay = min(2 * delay, MAX_RETRY_SECONDS)
+
+    def _change_key(self) -> None:
+        """Goes on with a renewed key: the site comes as a new node before the former one goes."""
+        renewed = None if self.access is None else self.access.renewed()
+        if self.access is None or renewed is None:
+            return
+        try:
+            node_id = self._persist(renewed.activate)
+        except httpx.HTTPError as error:
+            logger.warning("the renewed key is not admitted yet: %s", reason(error))
+            return
+        former, former_id = self.fleet, self._node_id
+        self.fleet, self._node_id = renewed, node_id
+        self.access.keep()
+        self._note_node()
+        with contextlib.suppress(httpx.HTTPError):
+            former.deactivate(former_id)
+
+    def _note_node(self) -> None:
+        (self.site.state / "node").write_text(f"{self._node_id}\n")
+        logger.info("connected as node %d", self._node_id)
 
     def _end_former_life(self) -> None:
         """Ends what the SuperLink still takes for this site, and stays away until the server has noticed.
@@ -331,11 +355,10 @@ def open_agent(site: Site, *, app: str = DEFAULT_APP) -> Agent:
     """Returns the agent of a site, with its key, its coordinator and a worker for the ClientApp.
 
     Raises:
-        UserError: the site has no coordinator yet, or its key is missing or open to others.
+        UserError: the site has no coordinator yet, its certificate has expired, or its key is missing or open
+            to others.
     """
-    coordinator = open_coordinator(site.directory)
-    key = keys.read_private(site.private / "site.key")
-    fleet = Fleet(coordinator.address, tls=keys.trust_only(coordinator.certificate), key=key)
+    access = Access(site.directory)
     log = site.state.resolve() / "agent.log"
     gigabytes = site.settings.max_memory_gigabytes
     worker = Worker(
@@ -345,4 +368,4 @@ def open_agent(site: Site, *, app: str = DEFAULT_APP) -> Agent:
         memory_bytes=None if gigabytes is None else int(gigabytes * 1e9),
         log=log,
     )
-    return Agent(site=site, fleet=fleet, worker=worker)
+    return Agent(site=site, fleet=access.fleet(), worker=worker, access=access)

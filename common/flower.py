@@ -15,8 +15,9 @@ from flwr.app import Context, Message
 # A reply's head is sent before its content.
 from flwr.app.message import remove_content_from_message
 
-# The numbers that Flower's own components put into error replies; the header of a signed timestamp.
-from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode
+# The numbers that Flower's own components put into error replies; the header of a signed timestamp, and how
+# far in the past and in the future it may be.
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE, ErrorCode
 
 # Flower's values to and from their protobuf form.
 from flwr.common.serde import (
@@ -37,6 +38,7 @@ from flwr.proto.control_pb2 import (
     RegisterNodeRequest,
     StartRunRequest,
     StopRunRequest,
+    UnregisterNodeRequest,
 )
 
 # The requests of the Fleet API: what a site's agent sends.
@@ -47,6 +49,9 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+
+# The same, for the objects of which messages consist.
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
 
 # What crosses the pipe to a worker process.
 from flwr.proto.message_pb2 import Context as ContextProto
@@ -83,12 +88,15 @@ from flwr.supercore.inflatable.inflatable_utils import (
 # ``Message`` takes run and node from here; outside Flower's own programs nobody sets it.
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
+from google.protobuf.message import DecodeError
 
 __all__ = [
     "ActivateNodeRequest",
     "BACKOFF_SECONDS",
     "DeactivateNodeRequest",
+    "DecodeError",
     "ErrorCode",
+    "FLEET_REQUESTS",
     "Fab",
     "GetRunRequest",
     "HEARTBEAT_SECONDS",
@@ -104,6 +112,9 @@ __all__ = [
     "SendNodeHeartbeatRequest",
     "StartRunRequest",
     "StopRunRequest",
+    "SYSTEM_TIME_TOLERANCE",
+    "TIMESTAMP_TOLERANCE",
+    "UnregisterNodeRequest",
     "assign_id",
     "build_bundle",
     "control_client",
@@ -141,6 +152,19 @@ BACKOFF_SECONDS = 0.05
 
 SIGNATURE_HEADERS = (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
 """The headers with which a site proves that it is the one that it says: key, time, signature of the time."""
+
+FLEET_REQUESTS: dict[str, Any] = {
+    "activate-node": ActivateNodeRequest,
+    "deactivate-node": DeactivateNodeRequest,
+    "send-node-heartbeat": SendNodeHeartbeatRequest,
+    "pull-messages": PullMessagesRequest,
+    "push-messages": PushMessagesRequest,
+    "get-run": GetRunRequest,
+    "push-object": PushObjectRequest,
+    "pull-object": PullObjectRequest,
+    "confirm-message-received": ConfirmMessageReceivedRequest,
+}
+"""What an agent asks of the Fleet API, by the last part of its path; not ``get-fab``, no registration."""
 
 
 def set_identity(run_id: int, *, node_id: int) -> None:

@@ -1,4 +1,4 @@
-"""Verbs of the coordinator: ``feverfew-server init|enroll|start|plan|submit|stop|trail|status``."""
+"""Verbs of the coordinator: ``feverfew-server init|enroll|revoke|start|plan|submit|stop|trail|status``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
-from common import keys, seal
+from common import seal
 from common.command import exit_code
 from common.config import compose_plan
 from common.errors import DataError, UserError
@@ -40,12 +40,18 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--internal-port", type=int, help="of the SuperLink, loopback only (default: port + 1)")
     init.set_defaults(verb=_init)
 
-    enroll = verbs.add_parser("enroll", help="admit a hospital by its public key")
+    enroll = verbs.add_parser("enroll", help="admit a hospital by its signing request")
     enroll.add_argument("home", type=Path)
     enroll.add_argument("name", help="the hospital's name: a-z, 0-9 and '-'")
-    enroll.add_argument("public_key", type=Path, help="the file site.pub that the hospital sent")
+    enroll.add_argument("request", type=Path, help="the file NAME.csr that the hospital sent")
+    enroll.add_argument("--renew", action="store_true", help="the hospital is enrolled, and has a new key")
     enroll.add_argument("--invitation", type=Path, help="write the invitation here (default: print it)")
     enroll.set_defaults(verb=_enroll)
+
+    revoke = verbs.add_parser("revoke", help="let a hospital in no more; a run goes on without it")
+    revoke.add_argument("home", type=Path)
+    revoke.add_argument("name", help="the hospital's name")
+    revoke.set_defaults(verb=_revoke)
 
     start = verbs.add_parser("start", help="run the coordinator in the foreground until stopped")
     start.add_argument("home", type=Path)
@@ -100,15 +106,25 @@ def _init(arguments: argparse.Namespace) -> int:
 
 def _enroll(arguments: argparse.Namespace) -> int:
     home = open_home(arguments.home)
-    site = enrolment.record(home, arguments.name, public_text=_text(arguments.public_key))
-    when = "now" if enrolment.register_now(home) else "when the coordinator starts"
-    invitation = home.invitation.to_text()
+    request = _text(arguments.request)
+    site = enrolment.admit(home, arguments.name, request=request, renewed=arguments.renew)
+    when = "now" if enrolment.settle_now(home) else "when the coordinator starts"
+    invitation = enrolment.invitation(home, site).to_text()
     if arguments.invitation is None:
         print(invitation, end="")
     else:
         arguments.invitation.write_text(invitation, encoding="ascii")
-    fingerprint = keys.fingerprint(site.public_key)
-    print(f"{site.name} is admitted {when}; its fingerprint is {fingerprint}", file=sys.stderr)
+    told = f"{site.name} is admitted {when}; its fingerprint is {site.fingerprint}"
+    print(f"{told}; valid until {site.certificate.not_valid_after_utc:%Y-%m-%d}", file=sys.stderr)
+    return 0
+
+
+def _revoke(arguments: argparse.Namespace) -> int:
+    home = open_home(arguments.home)
+    for fingerprint in enrolment.revoke(home, arguments.name):
+        print(f"{arguments.name} is revoked; the gateway refuses {fingerprint}")
+    if not enrolment.settle_now(home):
+        print("the SuperLink does not run; the site is unregistered there when the coordinator starts")
     return 0
 
 

@@ -69,7 +69,7 @@ class Dispatch:
     def look(self) -> None:
         """Starts what was never started, and what was lost."""
         if not self._knows_sites:  # the SuperLink's data base may be a new one
-            self._knows_sites = enrolment.register_now(self.home)
+            self._knows_sites = enrolment.settle_now(self.home)
         for record, submission in open_runs(self.home.runs):
             if submission.flower_run == 0:
                 self._start(record, submission)

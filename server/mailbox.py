@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from common.flower import ErrorCode
+from server.addresses import Addresses
 
 _SHORTEST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.25
@@ -36,6 +37,7 @@ class Mailbox:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self.addresses = Addresses(grid)
         self._overdue: dict[str, Late] = {}
         self._lost: list[int] = []
 
@@ -44,10 +46,12 @@ class Mailbox:
     ) -> Iterator[tuple[int, Message | None]]:
         """Pushes messages and yields (node, reply) as they come, at the end (node, None) for the missing.
 
-        A task that Flower lost because its node was away is pushed again until the deadline; the site
-        recognises it by its identity.
+        A task that Flower lost because its node was away is pushed again until the deadline, to the node
+        under which the site is reached by then; the site recognises it by its identity. A node that is not
+        registered any more gets no task: it is missing at once.
         """
         pending = self._push(messages)
+        yield from self._refused(messages, pending)
         again: dict[int, tuple[float, Message]] = {}  # by node: when to push what a second time
         start = time.monotonic()
         end = start + deadline_seconds
@@ -69,7 +73,10 @@ class Mailbox:
                 del reply
             due = [node for node, (when, _) in again.items() if when <= time.monotonic()]
             if due:
-                pending |= self._push([again.pop(node)[1] for node in due])
+                fresh = [self._readdressed(again.pop(node)[1]) for node in due]
+                pushed = self._push(fresh)
+                yield from self._refused(fresh, pushed)
+                pending |= pushed
             if not arrived:
                 now = time.monotonic()
                 pause = max((now - start) * _PAUSE_FRACTION, (now - began) * _PAUSE_TO_POLL)
@@ -98,20 +105,31 @@ class Mailbox:
         return found
 
     def _push(self, messages: Sequence[Message]) -> dict[str, Message]:
-        fresh = [_copy(message) for message in messages]
+        fresh = [_copy(message, node=message.metadata.dst_node_id) for message in messages]
         ids = list(self._grid.push_messages(fresh))
         return {str(i): message for i, message in zip(ids, fresh, strict=True) if i}
+
+    def _readdressed(self, message: Message) -> Message:
+        return _copy(message, node=self.addresses.successor(message.metadata.dst_node_id))
+
+    def _refused(
+        self, messages: Sequence[Message], pushed: Mapping[str, Message]
+    ) -> Iterator[tuple[int, Message | None]]:
+        taken = {message.metadata.dst_node_id for message in pushed.values()}
+        for message in messages:
+            if message.metadata.dst_node_id not in taken:
+                yield message.metadata.dst_node_id, None
 
     def _pull(self, message_id: str) -> Message | None:
         return next(iter(self._grid.pull_messages([message_id])), None)
 
 
-def _copy(message: Message) -> Message:
+def _copy(message: Message, *, node: int) -> Message:
     """A message that is pushed a second time needs a creation time of its own."""
     metadata = message.metadata
     return Message(
         message.content,
-        dst_node_id=metadata.dst_node_id,
+        dst_node_id=node,
         message_type=metadata.message_type,
         ttl=metadata.ttl,
         group_id=metadata.group_id,

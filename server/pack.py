@@ -68,7 +68,7 @@ def verify(path: Path) -> list[Finding]:
     """
     files = _read(path)
     try:
-        key = keys.parse_public(files[KEY].decode("ascii"))
+        key = keys.from_pem(files[KEY])
         run = str(json.loads(files[JSON_NAME])["run"])
     except (KeyError, ValueError, UserError, TypeError):
         raise DataError(f"Expected a pack in {path}, found no {KEY} or {JSON_NAME} in it.") from None
@@ -87,7 +87,7 @@ def is_pack(path: Path) -> bool:
 
 def fingerprint(path: Path) -> str:
     """Returns the fingerprint of the key in a pack, to be compared with the coordinator's word."""
-    return keys.fingerprint(keys.parse_public(_read(path)[KEY].decode("ascii")))
+    return keys.fingerprint(keys.from_pem(_read(path)[KEY]))
 
 
 def _files(home: Home, run: str, found: Finding) -> dict[str, bytes]:

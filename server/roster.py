@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import numpy as np
 from flwr.app import Message
-from flwr.serverapp import Grid
 
 from common import exchange
 from common.calibration import require_reachable
@@ -28,10 +27,7 @@ _ATTEMPTS = 3
 class Roster:
     """The sites of a run."""
 
-    def __init__(
-        self, grid: Grid, mailbox: Mailbox, *, plan: Plan, run: str, trail: Trail, heads: Heads
-    ) -> None:
-        self._grid = grid
+    def __init__(self, mailbox: Mailbox, *, plan: Plan, run: str, trail: Trail, heads: Heads) -> None:
         self._mailbox = mailbox
         self._plan = plan
         self._run = run
@@ -50,10 +46,18 @@ class Roster:
         self.admit_newcomers()
 
     def admit_newcomers(self) -> None:
-        """Prepares the sites that have come since; a site that was seen before is not asked again."""
+        """Prepares the sites that have come since; a site that was seen before is not asked again.
+
+        Nor is one that comes as another node because its key was renewed: it is the same site.
+        """
+        online = self._nodes()
+        for node, name in online.items():
+            if name in self.sites:
+                self._names.pop(node, None)
+                self._names[node] = name  # the last of a name is the one that is asked
         newcomers = {
             node: name
-            for node, name in self._nodes().items()
+            for node, name in online.items()
             if node not in self._names and self._attempts[node] < _ATTEMPTS
         }
         if not newcomers:
@@ -83,7 +87,8 @@ class Roster:
 
     def name(self, node: int) -> str:
         """Returns the name of a site's node."""
-        return self._names.get(node, f"node {node}")
+        known = self._mailbox.addresses.name(node)
+        return self._names.get(node, known if known in self.sites else f"node {node}")
 
     def nodes(self, purpose: str) -> Sequence[int]:
         """Returns the nodes to ask, by site name: "train", the part to evaluate, or "deliver"."""
@@ -128,7 +133,7 @@ class Roster:
 
     def _nodes(self) -> dict[int, str]:
         """Node ids on the grid with the enrolled name, "" where the grid gives none."""
-        return {node.node_id: str(getattr(node, "name", "")) for node in self._grid.get_nodes()}
+        return self._mailbox.addresses.online()
 
 
 def _takes(site: Prepared, purpose: str) -> bool:

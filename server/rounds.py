@@ -60,7 +60,7 @@ class Rounds:
         self._heads = heads
         self._save = save
         self._mailbox = Mailbox(grid)
-        self._roster = Roster(grid, self._mailbox, plan=plan, run=state.run, trail=trail, heads=heads)
+        self._roster = Roster(self._mailbox, plan=plan, run=state.run, trail=trail, heads=heads)
         self._strategy = strategy(lambda purpose: list(self._roster.nodes(purpose)))
         self.state = state
         """The last good state; kept when the run fails."""
