@@ -19,6 +19,9 @@ from common.plan import Plan
 logger = logging.getLogger("feverfew.site")
 app = ClientApp()
 
+INCOMPATIBLE = ("incompatible_plan", "malformed_task")
+"""Codes of what another version wrote: a plan, or a task, that this one cannot read."""
+
 
 @app.query("prepare")  # type: ignore[untyped-decorator]
 def prepare(message: Message, context: Context) -> Message:
@@ -80,10 +83,10 @@ def _answer(
         content = exchange.refusal_record("ledger_broken")
     except Refusal as refusal:
         logger.info("declined: %s", refusal)
-        content = exchange.refusal_record(refusal.code)
+        content = _declined(site, message, refusal.code)
     except ConfigError as error:
         logger.error("incompatible plan: %s", error)
-        content = exchange.refusal_record("incompatible_plan")
+        content = _declined(site, message, "incompatible_plan")
     except UnusableCase as error:
         logger.error("a case cannot be used: %s", error.code)  # its text may name the file
         content = exchange.refusal_record("site_error")
@@ -96,6 +99,14 @@ def _answer(
             log.keep_error(site, error)
         content = exchange.refusal_record("site_error")
     return Message(content, reply_to=message)
+
+
+def _declined(site: Site | None, message: Message, code: str) -> RecordDict:
+    """A site that is asked to prepare what it cannot read says so as it says all else before round 1."""
+    is_asked = message.metadata.message_type == exchange.PREPARE
+    if site is None or not is_asked or code not in INCOMPATIBLE:
+        return exchange.refusal_record(code)
+    return exchange.prepared_record(work.prepared(site, status="incompatible", reason=code))
 
 
 @lru_cache(maxsize=4)

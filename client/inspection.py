@@ -9,9 +9,9 @@ import httpx
 from client import content, coordinator, frozen
 from client.case import Case
 from client.check import Line
+from client.cost import planned_spends
 from client.release import open_ledger
 from client.site import Site
-from client.work import planned_spends
 from common import keys
 from common.asked import Asked, Preprocessing
 from common.config import compose_plan

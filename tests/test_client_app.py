@@ -151,7 +151,7 @@ def test_site_answers_prepare_with_its_public_constants(site: Site) -> None:
 @pytest.mark.parametrize(
     ("settings", "changes", "status", "reason"),
     [
-        ({"approve": "none"}, {}, "waiting", "not_approved"),
+        ({"policies": []}, {}, "waiting", "not_approved"),
         ({}, {"randomness": "seeded"}, "declined", "seeded_noise"),
         ({"unsafe_allow_no_privacy": False}, {"privacy": "none"}, "declined", "no_privacy"),
         ({"max_epsilon": 2.9}, {}, "declined", "budget_exceeded"),
@@ -331,7 +331,7 @@ def test_wrong_tasks_are_refused_by_their_code_and_charge_nothing(tmp_path: Path
     size = len(parameters_of(asked))
     evaluates = write_site(tmp_path / "eval", size=8, role="evaluation")
     no_test = write_site(tmp_path / "none", size=8, split={"train": 0.8, "validation": 0.2, "test": 0.0})
-    careful = write_site(tmp_path / "careful", size=8, approve="none")
+    careful = write_site(tmp_path / "careful", size=8, policies=[])
     strict = write_site(tmp_path / "strict", size=8, unsafe_allow_no_privacy=False)
     seeded, exact = private_plan(randomness="seeded"), open_plan()
     cases = [
@@ -358,10 +358,10 @@ def test_wrong_tasks_are_refused_by_their_code_and_charge_nothing(tmp_path: Path
 
 
 def test_approved_plan_is_worked_on(tmp_path: Path) -> None:
-    careful = write_site(tmp_path / "careful", size=8, approve="none")
+    careful = write_site(tmp_path / "careful", size=8, policies=[])
     asked = private_plan()
     assert refusal(careful, asked, task_of(asked)) == "not_approved"
-    approval.approve(careful, asked)
+    approval.decide(careful, asked, "approved")
     assert trained(careful, asked).values.any()
 
 

@@ -186,7 +186,7 @@ def test_nothing_is_done_over_the_budget(tmp_path: Path) -> None:
 
 
 def test_nothing_is_charged_without_approval(tmp_path: Path) -> None:
-    careful = write_site(tmp_path / "careful", num_patients=1, max_epsilon=100.0, approve="none")
+    careful = write_site(tmp_path / "careful", num_patients=1, max_epsilon=100.0, policies=[])
     work = Work()
     assert refusal(careful, work) == "not_approved"
     assert work.num_calls == 0

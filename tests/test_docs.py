@@ -78,7 +78,7 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
         rehearsed = rehearsal.rehearse(site, plan)
         assert rehearsed.status == "approved", rehearsed.reason
         found |= {(field.message.partition(" ")[0], field.field) for field in rehearsed.fields}
-    refusal = asked(write_site(directory / "south", name="south", approve="none").directory, private)
+    refusal = asked(write_site(directory / "south", name="south", policies=[]).directory, private)
     found |= {("refused", field.field) for field in rehearsal.fields("refused", refusal.content)}
     error = worker.error_reply(refusal, worker.APP_FAILED).error
     return found | {("error", f"error.{name.removeprefix('_')}") for name in vars(error)}
@@ -113,7 +113,7 @@ def test_every_field_states_sensitivity_mechanism_and_charge() -> None:
 
 
 def test_the_table_of_metadata_is_what_crosses_the_wire(tmp_path: Path) -> None:
-    reply = asked(write_site(tmp_path / "north", approve="none").directory, plans.plan())
+    reply = asked(write_site(tmp_path / "north", policies=[]).directory, plans.plan())
     flower.assign_id(reply)
     sent = {field.name for field, _ in flower.message_to_proto(reply).metadata.ListFields()}
     every = {field.name for field in flower.message_to_proto(reply).metadata.DESCRIPTOR.fields}
