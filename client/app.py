@@ -83,10 +83,11 @@ def _answer(
         content = exchange.refusal_record("ledger_broken")
     except Refusal as refusal:
         logger.info("declined: %s", refusal)
-        content = _declined(site, message, refusal.code)
+        content = _incompatible(site, message, refusal.code) or exchange.refusal_record(refusal.code)
     except ConfigError as error:
         logger.error("incompatible plan: %s", error)
-        content = _declined(site, message, "incompatible_plan")
+        told = _incompatible(site, message, "incompatible_plan")
+        content = told or exchange.refusal_record("incompatible_plan")
     except UnusableCase as error:
         logger.error("a case cannot be used: %s", error.code)  # its text may name the file
         content = exchange.refusal_record("site_error")
@@ -101,11 +102,11 @@ def _answer(
     return Message(content, reply_to=message)
 
 
-def _declined(site: Site | None, message: Message, code: str) -> RecordDict:
+def _incompatible(site: Site | None, message: Message, code: str) -> RecordDict | None:
     """A site that is asked to prepare what it cannot read says so as it says all else before round 1."""
     is_asked = message.metadata.message_type == exchange.PREPARE
     if site is None or not is_asked or code not in INCOMPATIBLE:
-        return exchange.refusal_record(code)
+        return None
     return exchange.prepared_record(work.prepared(site, status="incompatible", reason=code))
 
 

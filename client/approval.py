@@ -23,8 +23,6 @@ from common.errors import Refusal, UserError
 from common.plan import NoPrivacy, Plan
 from common.trail import Trail
 
-CODES = {"refused": "plan_refused", "waiting": "not_approved"}
-
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -52,8 +50,10 @@ def require(site: Site, plan: Plan) -> None:
     found = answer(site, plan)
     if found.rule is not None:
         _note(site, plan, found.rule)
-    if found.status != "approved":
-        raise Refusal(CODES[found.status])
+    if found.status == "refused":
+        raise Refusal("plan_refused")
+    if found.status == "waiting":
+        raise Refusal("not_approved")
 
 
 def require_allowed(site: Site, plan: Plan) -> None:

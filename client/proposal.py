@@ -133,7 +133,7 @@ def _obstacle(site: Site, plan: Plan, found: Answer) -> str:
         approval.require_allowed(site, plan)
     except Refusal as refusal:
         return refusal.code
-    return approval.CODES["refused"] if found.status == "refused" and found.rule is not None else ""
+    return "plan_refused" if found.status == "refused" and found.rule is not None else ""
 
 
 def _cost(site: Site, plan: Plan) -> Cost:

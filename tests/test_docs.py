@@ -16,7 +16,7 @@ import yaml
 from flwr.app import Context, Message, RecordDict
 from pydantic import TypeAdapter
 
-from client import app, rehearsal, skeleton, worker
+from client import app, leaving, rehearsal, skeleton, worker
 from client.agent import SUPERSEDED
 from client.bids import Bids
 from client.folders import Folders
@@ -105,6 +105,21 @@ def asked(site: Path, plan: Plan) -> Message:
 def test_the_table_of_fields_is_what_leaves_a_site(left: set[tuple[str, str]]) -> None:
     documented = {(row[0], *quoted(row[1])) for row in table(PRIVACY, "fields")}
     assert documented == left
+
+
+def test_what_a_hospital_is_shown_before_it_approves_is_in_the_words_of_the_table(tmp_path: Path) -> None:
+    north = write_site(tmp_path / "north")
+    public = {"train": 0.0, "validation": 0.0, "test": 1.0}
+    east = write_site(tmp_path / "east", name="east", role="evaluation", data="public", split=public)
+    drawn = {"target": "mask", "classes": ("background", "square"), "model": "unet"}
+    shown = [
+        one
+        for plan in (plans.plan(), plans.plan(**drawn))
+        for site in (north, east)
+        for one in leaving.leaving(site, plan)
+    ]
+    documented = {(row[0], *quoted(row[1])): (row[2], row[4]) for row in table(PRIVACY, "fields")}
+    assert {(one.message, one.field): (one.what, one.mechanism) for one in shown} == documented
 
 
 def test_every_field_states_sensitivity_mechanism_and_charge() -> None:
