@@ -1,4 +1,4 @@
-"""What a hospital that approves nothing, or not yet, does in a real federation: it waits, and fetches no code."""
+"""A hospital that has not approved, in a real federation: the run waits for it, and no code comes to it."""
 
 from __future__ import annotations
 
@@ -140,7 +140,8 @@ def test_of_a_bundle_with_code_not_a_byte_is_fetched(federation: Federation, tmp
     of_gateway = [
         one for one in requests if f":{home.internal_port}/v1/fleet".encode() in one.splitlines()[0]
     ]
-    assert any(b"pull-object" in one for one in of_sites) and any(len(one) > 1000 for one in of_gateway)
+    assert any(b"pull-object" in one for one in of_sites)
+    assert any(b"NUMPY" in one for one in of_gateway), "the answers are in the record"
     assert not [one for one in [*of_sites, *of_gateway] if b"get-fab" in one.splitlines()[0]]
     assert "get-fab" not in (federation.home.logs / "gateway.log").read_text()
     middle = content.index(b"evil.py") + len(b"evil.py")
