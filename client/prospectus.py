@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from client.decision import Decision
+from client.leaving import Leaving
 from client.proposal import Cost, Proposal
 from client.waiting import Waiting
 
@@ -18,12 +19,11 @@ UNBOUNDED = "Nothing bounds what this plan tells about a patient: it has no priv
 
 def show(found: Proposal, *, console: Console) -> None:
     """Prints all of a proposal, the most important last, beside the question."""
-    for title, rows in found.sections.items():
-        console.print(_table(title, ("key", "value"), [(key, _text(value)) for key, value in rows.items()]))
-    leaves = [(one.message, one.field, one.what, one.mechanism) for one in found.leaves]
-    console.print(_table("Everything that will leave", ("message", "field", "what", "mechanism"), leaves))
-    console.print(_difference(found))
-    console.print()
+    for title, values in found.sections.items():
+        _print(console, title, ("key", "value"), [(key, _text(value)) for key, value in values.items()])
+    names = ("message", "field", "what it is", "protected by")
+    _print(console, "Everything that will leave (docs/privacy.md)", names, _leaving(found.leaves))
+    _print_difference(console, found)
     for line in cost_lines(found.cost, study=found.study):
         console.print(line, markup=False)
     console.print(f"plan {found.plan_hash} of study {found.study}", markup=False)
@@ -36,13 +36,13 @@ def show(found: Proposal, *, console: Console) -> None:
 def show_all(waiting: Sequence[Waiting], decided: Sequence[Decision], *, console: Console) -> None:
     """Prints the plans that wait, and what was decided."""
     rows = [(one.plan.hash[:12], one.plan.study, one.since) for one in waiting]
-    console.print(_table("plans that wait for approval", ("plan", "study", "since"), rows))
+    _print(console, "Plans that wait for approval", ("plan", "study", "since"), rows)
     told = [
         (one.plan_hash[:12], one.plan.study, one.verdict, f"{one.by} {one.who}", one.time, one.reason)
         for one in decided
     ]
     names = ("plan", "study", "decision", "by", "time", "reason")
-    console.print(_table("what was decided", names, told))
+    _print(console, "What was decided", names, told)
 
 
 def cost_lines(cost: Cost, *, study: str) -> list[str]:
@@ -62,21 +62,35 @@ def cost_lines(cost: Cost, *, study: str) -> list[str]:
     return [*lines, *([f"It does not fit. {cost.problem}"] if cost.problem else [])]
 
 
-def _difference(found: Proposal) -> Table | str:
+def _leaving(leaves: Sequence[Leaving]) -> list[tuple[str, ...]]:
+    """Returns a row for each field; one that several messages have stands once."""
+    messages: dict[tuple[str, ...], list[str]] = {}
+    for one in leaves:
+        messages.setdefault((one.field, one.what, one.mechanism), []).append(one.message)
+    return [(", ".join(names), *rest) for rest, names in messages.items()]
+
+
+def _print_difference(console: Console, found: Proposal) -> None:
     if not found.compared_with:
-        return "No other plan was approved here before."
+        console.print("No other plan was approved here before.\n")
+        return
     rows = [(one.key, _text(one.old), _text(one.new)) for one in found.changes]
-    title = f"What is not as in the last approved plan, {found.compared_with[:12]}"
-    return _table(title, ("key", "old", "new"), rows)
+    title = f"What is not as in plan {found.compared_with[:12]}, the last that was approved"
+    _print(console, title, ("key", "old", "new"), rows)
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    table = Table(title=title, title_justify="left")
+def _print(console: Console, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    console.print(title, style="bold", markup=False)
+    if not rows:
+        console.print("none\n")
+        return
+    table = Table()
     for name in columns:
         table.add_column(name, overflow="fold")
     for row in rows:
         table.add_row(*map(_plain, row))
-    return table
+    console.print(table)
+    console.print()
 
 
 def _plain(text: str) -> str:

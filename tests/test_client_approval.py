@@ -194,3 +194,14 @@ def test_rehearsal_decides_and_keeps_nothing_and_minds_rules_that_refuse(tmp_pat
     assert (found.status, found.reason) == ("declined", "plan_refused")
     assert rehearsal.rehearse(with_policies(site), plan(**TINY)).status == "approved"
     assert not site.approvals.exists() and waiting.every(site) == []
+
+
+def test_what_rules_decided_is_kept_for_a_bounded_number_of_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decision, "MOST_BY_RULES", 3)
+    site = write_site(tmp_path / "south", num_patients=1, policies=[EVERY_PLAN])
+    approval.decide(site, plan(seed=99), "approved")
+    for seed in range(5):
+        approval.require(site, plan(seed=seed))
+    assert {told.plan.seed for told in decision.every(site)} == {99, 2, 3, 4}

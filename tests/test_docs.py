@@ -22,6 +22,7 @@ from client.bids import Bids
 from client.folders import Folders
 from client.listing import Listing
 from client.pairs import Pairs
+from client.policies import Conditions, Policy
 from client.site import SiteSettings
 from client.table import Table
 from common import exchange, flower, metrics
@@ -120,6 +121,14 @@ def test_what_a_hospital_is_shown_before_it_approves_is_in_the_words_of_the_tabl
     ]
     documented = {(row[0], *quoted(row[1])): (row[2], row[4]) for row in table(PRIVACY, "fields")}
     assert {(one.message, one.field): (one.what, one.mechanism) for one in shown} == documented
+
+
+def test_the_table_of_conditions_is_what_rules_can_have() -> None:
+    text = (DOCS / "approval.md").read_text(encoding="utf-8")
+    documented = [name for row in table(text, "conditions") for name in quoted(row[0])]
+    assert documented == list(Conditions.model_fields)
+    example = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    assert [Policy.model_validate(rule).decision for rule in example["policies"]] == ["approve", "refuse"]
 
 
 def test_every_field_states_sensitivity_mechanism_and_charge() -> None:
