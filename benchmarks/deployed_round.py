@@ -191,7 +191,7 @@ def _join(place: Path, name: str, *, data: Path) -> None:
     settings.write_text(text)
     run(place, server, "enroll", "home", name, f"{name}/{name}.csr", "--invitation", f"{name}.invitation")
     run(place, client, "init", name, "--invitation", f"{name}.invitation")
-    run(place, client, "approve", name, "plan.json")
+    run(place, client, "approve", name, "plan.json", "--yes")
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client import approval, coordinator, credential, log, release, rest, skeleton, trail
+from client import coordinator, credential, log, release, rest, skeleton, trail
 from client.agent import open_agent
 from client.site import Site, open_site
 from common import certificates, keys, seal
@@ -81,9 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("directory", type=Path)
     resume.set_defaults(verb=_resume)
 
-    approve = verbs.add_parser("approve", help="agree to exactly one plan")
+    approve = verbs.add_parser(
+        "approve", help="show a plan and decide about it, or show which wait and what was decided"
+    )
     approve.add_argument("directory", type=Path)
-    approve.add_argument("plan", type=Path, help="a plan as JSON")
+    approve.add_argument("plan", nargs="?", help="a plan as JSON, or the beginning of a known one's hash")
+    verdict = approve.add_mutually_exclusive_group()
+    verdict.add_argument("--refuse", action="store_true", help="never work on this plan")
+    verdict.add_argument("--withdraw", action="store_true", help="take the approval of this plan back")
+    approve.add_argument("--reason", default="", help="why (with --refuse or --withdraw); stays at the site")
+    approve.add_argument("--yes", action="store_true", help="do not ask, record")
+    approve.add_argument("--json", action="store_true", help="print JSON; without --yes only show")
     approve.set_defaults(verb=_approve)
 
     ledger = verbs.add_parser(
@@ -207,10 +215,26 @@ def _rehearse(arguments: argparse.Namespace) -> int:
 
 
 def _approve(arguments: argparse.Namespace) -> int:
-    plan = _plan(arguments.plan)
-    approval.approve(open_site(arguments.directory), plan)
-    print(f"approved plan {plan.hash}")
-    return 0
+    from client import consent, decision  # see _check
+
+    site = open_site(arguments.directory)
+    changes = arguments.refuse or arguments.withdraw
+    if arguments.plan is None and (changes or arguments.yes):
+        raise UserError("Expected a plan to decide about, found none; name a file or a hash.")
+    if arguments.reason and not changes:
+        raise UserError("Expected --reason with --refuse or --withdraw, found it without.")
+    if len(arguments.reason) > decision.MAX_REASON:
+        raise UserError(f"Expected a reason of at most {decision.MAX_REASON} characters, found a longer one.")
+    if arguments.plan is None:
+        return consent.listed(site, as_json=arguments.json)
+    return consent.decide(
+        site,
+        consent.plan_named(site, arguments.plan),
+        "refused" if arguments.refuse else "withdrawn" if arguments.withdraw else "approved",
+        reason=arguments.reason,
+        is_agreed=arguments.yes,
+        as_json=arguments.json,
+    )
 
 
 def _ledger(arguments: argparse.Namespace) -> int:

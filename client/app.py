@@ -19,6 +19,9 @@ from common.plan import Plan
 logger = logging.getLogger("feverfew.site")
 app = ClientApp()
 
+INCOMPATIBLE = ("incompatible_plan", "malformed_task")
+"""Codes of what another version wrote: a plan, or a task, that this one cannot read."""
+
 
 @app.query("prepare")  # type: ignore[untyped-decorator]
 def prepare(message: Message, context: Context) -> Message:
@@ -82,10 +85,11 @@ def _answer(
         content = exchange.refusal_record("ledger_broken")
     except Refusal as refusal:
         logger.info("declined: %s", refusal)
-        content = exchange.refusal_record(refusal.code)
+        content = _incompatible(site, message, refusal.code) or exchange.refusal_record(refusal.code)
     except ConfigError as error:
         logger.error("incompatible plan: %s", error)
-        content = exchange.refusal_record("incompatible_plan")
+        told = _incompatible(site, message, "incompatible_plan")
+        content = told or exchange.refusal_record("incompatible_plan")
     except UnusableCase as error:
         logger.error("a case cannot be used: %s", error.code)  # its text may name the file
         content = exchange.refusal_record("site_error")
@@ -104,6 +108,14 @@ def _answer(
 def _note_refusal(site: Site | None, content: RecordDict) -> None:
     if site is not None and "refused" in content.config_records:
         trail.record_if_possible(site, "refused", code=content.config_records["refused"]["code"])
+
+
+def _incompatible(site: Site | None, message: Message, code: str) -> RecordDict | None:
+    """A site that is asked to prepare what it cannot read says so as it says all else before round 1."""
+    is_asked = message.metadata.message_type == exchange.PREPARE
+    if site is None or not is_asked or code not in INCOMPATIBLE:
+        return None
+    return exchange.prepared_record(work.prepared(site, status="incompatible", reason=code))
 
 
 @lru_cache(maxsize=4)

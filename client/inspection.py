@@ -9,10 +9,10 @@ import httpx
 from client import content, coordinator, credential, frozen
 from client.case import Case
 from client.check import Line
+from client.cost import planned_spends
 from client.patience import reason
 from client.release import open_ledger
 from client.site import Site
-from client.work import planned_spends
 from common import certificates
 from common.asked import Asked, Preprocessing
 from common.config import compose_plan

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from client import release, work
+from client.cost import planned_spends
+from client.policies import EVERY_PLAN
 from client.site import Site
 from common import exchange, model
 from common.exchange import Prepared, Task
@@ -59,7 +61,7 @@ def rehearse(site: Site, plan: Plan) -> Rehearsal:
     with tempfile.TemporaryDirectory(prefix="feverfew-rehearsal-") as place:
         rehearsed = _on_a_copy(site, Path(place))
         with release.open_ledger(rehearsed) as ledger:  # before the round below is charged to the copy
-            run, total = ledger.projected(work.planned_spends(site, plan))
+            run, total = ledger.projected(planned_spends(site, plan))
         prepared, records = _messages(rehearsed, plan)
     return Rehearsal(
         plan_hash=plan.hash,
@@ -104,8 +106,10 @@ def fields(message: str, record: RecordDict) -> Iterator[Field]:
 
 
 def _on_a_copy(site: Site, place: Path) -> Site:
-    settings = site.settings.model_copy(update={"approve": "all"})
-    copy = replace(site, state=place / "state", runs=place / "runs", settings=settings)
+    refusing = [policy for policy in site.settings.policies if policy.decision == "refuse"]
+    settings = site.settings.model_copy(update={"policies": (*refusing, EVERY_PLAN)})
+    places = {name: place / name for name in ("state", "runs", "approvals")}
+    copy = replace(site, settings=settings, **places)
     copy.state.mkdir()
     for path in (release.head_path, release.ledger_path):  # in this order: the head is never ahead
         if path(site).exists():

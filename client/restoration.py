@@ -23,11 +23,11 @@ from typing import Any
 from filelock import FileLock
 
 from client import approval, release, trail
+from client.cost import planned_spends
 from client.files import private_directory
 from client.journal import COLUMNS, Journal, read_head, sound_rows
 from client.ledger import RESTORED, Charge, now
 from client.site import Site
-from client.work import planned_spends
 from common import keys
 from common.chain import Head
 from common.errors import LedgerError, UserError

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from client.case import PatientIs
 from client.listing import Listing
 from client.pacs_settings import Pacs
+from client.policies import Policy
 from client.rest import Hours
 from client.rules import Fraction, Rules
 from common.errors import ConfigError, DataError
@@ -64,7 +65,7 @@ class SiteSettings(Value):
     study_budgets: tuple[StudyBudget, ...]
     unsafe_allow_seeded_noise: bool
     unsafe_allow_no_privacy: bool
-    approve: Literal["all", "none"]
+    policies: tuple[Policy, ...]
     max_repeats: Annotated[int, Field(ge=0, le=100)]
     threads: Annotated[int, Field(ge=1, le=256)]
     max_memory_gigabytes: Positive | None
@@ -80,6 +81,13 @@ class SiteSettings(Value):
         return self
 
     @model_validator(mode="after")
+    def _a_policy_has_a_name_of_its_own(self) -> Self:
+        names = [policy.name for policy in self.policies]
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected each name once in policies, found {names}")
+        return self
+
+    @model_validator(mode="after")
     def _public_data_is_for_evaluation(self) -> Self:
         if self.data == "public" and self.role != "evaluation":
             raise ValueError("data: public goes with role: evaluation only")
@@ -89,12 +97,13 @@ class SiteSettings(Value):
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """One hospital: a directory and its settings. ``state`` holds ledger, replies, models and events,
-    ``runs`` for each run the cases that it used."""
+    ``runs`` for each run the cases that it used, ``approvals`` what was decided about plans."""
 
     directory: Path
     settings: SiteSettings
     state: Path
     runs: Path
+    approvals: Path
 
     @property
     def name(self) -> str:
@@ -137,6 +146,7 @@ def open_site(directory: Path) -> Site:
         settings=read_settings(path),
         state=directory / "state",
         runs=directory / "private" / "runs",
+        approvals=directory / "private" / "approvals",
     )
 
 

@@ -14,19 +14,20 @@ from pathlib import Path
 from safetensors.numpy import save
 from torch import nn
 
-from client import approval, evaluation, quarantine, release, trail, training, usage, withdrawal
+from client import approval, evaluation, quarantine, release, trail, training, usage, waiting, withdrawal
 from client.cohort import Cohort, Part, open_cohort
+from client.cost import planned_spends
+from client.leaving import sends_exact_scores
 from client.noise import Key, secure_key, seeded_key
 from client.replies import Reply
 from client.site import Site
 from common import durable, model
 from common.asked import Asked
-from common.calibration import Mechanism, mechanism, run_spends
+from common.calibration import Mechanism, mechanism
 from common.errors import LedgerError, PrivacyTargetError, Refusal
 from common.exchange import Prepared, Scored, Task, Update
 from common.measure import Exact
 from common.plan import NoPrivacy, Plan
-from common.privacy import Spend
 
 logger = logging.getLogger("feverfew.site")
 
@@ -48,8 +49,14 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
         logger.error("%s", error)
         reason = "ledger_broken"
     status = {"": "approved", "not_approved": "waiting"}.get(reason, "declined")
-    trail.record(site, "prepared", run=task.run, plan_hash=plan.hash, status=status, reason=reason)
-    trail.sign(site)  # a run that ended badly is not told to the site, so what it left is signed here
+    if status == "waiting":
+        waiting.keep(site, plan)
+    _note_answer(site, task.run, plan.hash, status, reason)
+    return prepared(site, status=status, reason=reason)
+
+
+def prepared(site: Site, *, status: str, reason: str) -> Prepared:
+    """Returns an answer to prepare: the site's public constants beside it."""
     return Prepared(
         site=site.name,
         status=status,
@@ -136,11 +143,6 @@ def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Score
     return Scored(server_round=task.server_round, part=task.part, arrays=reply.arrays)
 
 
-def sends_exact_scores(plan: Plan, *, data: str) -> bool:
-    """Says whether a site sends exact scores: without privacy, or where the site's data are public."""
-    return isinstance(plan.privacy, NoPrivacy) or data == "public"
-
-
 def keep_model(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Path:
     """Writes the final model to ``state/models/<run>/``; returns the directory."""
     approval.require(site, plan)
@@ -172,15 +174,6 @@ def _require_ledger(site: Site, plan: Plan, task: Task) -> None:
             if task.head is not None:
                 ledger.require_known(task.head)
             ledger.require_affordable(spends, study=plan.study)
-
-
-def planned_spends(site: Site, plan: Plan) -> dict[str, tuple[Spend, ...]]:
-    """Returns what a run of the plan will charge this site, by part."""
-    settings = site.settings
-    if settings.data == "public":
-        return {}
-    parts = [part for part in settings.split.parts if part != "train" or settings.role == "training"]
-    return run_spends(plan, nominal_patients=settings.nominal_patients, parts=parts)
 
 
 def _mechanism(site: Site, plan: Plan) -> Mechanism:
@@ -217,6 +210,13 @@ def _opened(site: Site, asked: Asked, frozen: int, withdrawn: withdrawal.Stamp) 
     most = site.settings.rules.max_quarantined_fraction
     quarantine.require_few(cohort.reasons, offered=cohort.offered, most=most)
     return cohort
+
+
+@lru_cache(maxsize=64)
+def _note_answer(site: Site, run: str, plan_hash: str, status: str, reason: str) -> None:
+    """Tells the trail what a run was answered; the same answer, which a waiting site gives for days, once."""
+    trail.record(site, "prepared", run=run, plan_hash=plan_hash, status=status, reason=reason)
+    trail.sign(site)  # a run that ended badly is not told to the site, so what it left is signed here
 
 
 @lru_cache(maxsize=64)

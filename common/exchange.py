@@ -29,6 +29,7 @@ PREPARE, TRAIN, EVALUATE, DELIVER = "query.prepare", "train", "evaluate", "query
 
 FloatArray = np.ndarray[Any, np.dtype[Any]]
 Purpose = Literal["prepare", "train", "evaluate", "deliver"]
+STATUSES = frozenset(("approved", "waiting", "declined", "incompatible"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +187,8 @@ def read_prepared(record: RecordDict) -> Prepared:
             fields[name] = _text(fields[name])
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", fields["site"]):
             raise InvalidReply("records")  # the name is also that of a file
+        if fields["status"] not in STATUSES:
+            raise InvalidReply("records")
         fields["parts"] = tuple(_text(part) for part in fields["parts"])
         fields["nominal_patients"] = _count(fields["nominal_patients"])
     except (KeyError, TypeError, ValueError):

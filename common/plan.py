@@ -185,6 +185,7 @@ class Plan(Asked):
     sites: Annotated[int, Field(ge=1, le=100_000)]
     quorum: Annotated[int, Field(ge=1, le=100_000)]
     node_deadline_seconds: Seconds
+    approval_deadline_seconds: Annotated[float, Field(ge=0, le=30 * 86400)]
     reply_deadline_seconds: Seconds
     grace_seconds: Seconds
     model: Model

@@ -29,6 +29,7 @@ logger = logging.getLogger("feverfew.trail")
 
 FILE: Final = "events.jsonl"
 LINE_CLOSED: Final = "line_closed"
+_NOT_LOGGED_IN: Final = 2**32 - 1  # what the kernel says of a process that no login began
 _BLOCK_BYTES: Final = 4096  # most lines are shorter, so one read finds the last
 
 Event = dict[str, Any]
@@ -127,11 +128,16 @@ def line_hash(line: bytes) -> str:
 
 
 def account() -> str:
-    """Returns the name of the account of this machine that runs the process; its number where it has none."""
+    """Returns the account of the person: of the login, which ``sudo`` leaves, else of the process."""
     try:
-        return pwd.getpwuid(os.getuid()).pw_name
+        user = int(Path("/proc/self/loginuid").read_text())
+    except (OSError, ValueError):
+        user = _NOT_LOGGED_IN
+    user = os.getuid() if user == _NOT_LOGGED_IN else user
+    try:
+        return pwd.getpwuid(user).pw_name
     except KeyError:
-        return str(os.getuid())
+        return str(user)
 
 
 def _append(descriptor: int, event: str, fields: Mapping[str, Any], *, after: End) -> End:

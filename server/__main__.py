@@ -66,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("home", type=Path)
     submit.add_argument("plan", type=Path, help="a plan as JSON")
     submit.add_argument("--run", help="our id of the run; an earlier one goes on (default: a new one)")
+    submit.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="start nothing: write what would be sent, for hospitals to approve, and keep it for this run",
+    )
     submit.add_argument("--follow", action=argparse.BooleanOptionalAction, default=True)
     submit.add_argument("--json", action="store_true", help="print the outcome as JSON on standard output")
     submit.set_defaults(verb=_submit)
@@ -149,6 +155,14 @@ def _submit(arguments: argparse.Namespace) -> int:
     home = open_home(arguments.home)
     plan = Plan.from_json(_text(arguments.plan))
     run = arguments.run or submission.new_run_id()
+    if arguments.export is not None:
+        submission.reserve(home, plan.to_json(), run)
+        arguments.export.write_text(plan.to_json(), encoding="utf-8")
+        if arguments.json:
+            print(json.dumps({"run": run, "plan_hash": plan.hash}))
+        begin = f"feverfew-server submit {home.directory} {arguments.export} --run {run}"
+        print(f"wrote plan {plan.hash} to {arguments.export}; begin with: {begin}", file=sys.stderr)
+        return 0
     submitted = submission.submit(home, plan.to_json(), run)
     print(f"run {run} of plan {plan.hash[:12]} was submitted", file=sys.stderr)
     if not arguments.follow:

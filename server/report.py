@@ -81,7 +81,8 @@ class Privacy(Part):
 class Participation(Part):
     """A site's part in the run; ``story`` tells it in one line.
 
-    ``tasks_sent_again`` counts those over which the site went away.
+    ``tasks_sent_again`` counts those over which the site went away; ``waiting_since`` is when a site said
+    first that nobody there had approved the plan, where that is so still.
     """
 
     status: str
@@ -92,6 +93,7 @@ class Participation(Part):
     tasks_sent_again: int
     story: str
     patient_is: str
+    waiting_since: AwareDatetime | None = None
     offered: int | None = None
     used: int | None = None
     quarantined: int | None = None

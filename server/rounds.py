@@ -21,6 +21,7 @@ from common.metrics import Histogram, Scores
 from common.model import FlatArray
 from common.plan import NoPrivacy, Plan
 from common.trail import Trail
+from server import approvals
 from server.checkpoint import Attendance, RoundRecord, RunState
 from server.heads import Heads, taken_from
 from server.mailbox import Mailbox
@@ -73,6 +74,8 @@ class Rounds:
         """
         self._roster.gather()
         self._learn_sites()
+        if self.state.server_round == 0 and self._roster.waiting:
+            self._await_approval()
         while self.state.server_round < self._plan.rounds:
             self._roster.admit_newcomers()
             self._learn_sites()
@@ -85,6 +88,14 @@ class Rounds:
         self._count_away()
         self._count_late()
         return test
+
+    def _await_approval(self) -> None:
+        """Waits for persons at the sites; the deadline counts from the first asking, whatever died since."""
+        deadline = self._plan.approval_deadline_seconds
+        left = approvals.seconds_left(self.state.waiting_since, deadline_seconds=deadline)
+        if left > 0:
+            self._trail.record("approval_awaited", sites=self._roster.waiting, seconds=left)
+            self._roster.await_decisions(seconds=left, learn=self._learn_sites)
 
     def _round(self, server_round: int) -> None:
         start = time.monotonic()
@@ -253,7 +264,12 @@ class Rounds:
         )
 
     def _learn_sites(self) -> None:
-        self.state = replace(self.state, sites={**self.state.sites, **self._roster.sites})
+        former = self.state.waiting_since
+        waiting = approvals.since(former, self._roster.waiting)
+        sites = {**self.state.sites, **self._roster.sites}
+        self.state = replace(self.state, sites=sites, waiting_since=waiting)
+        if waiting != former and self.state.server_round == 0:
+            self._save(self.state)  # so that a restart does not wait as long again
 
     def _count_away(self) -> None:
         for node in self._mailbox.lost():

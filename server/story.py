@@ -57,7 +57,10 @@ def report_of(
         privacy=_privacy(plan, state),
         participation={
             name: _participation(
-                state.sites.get(name), state.attendance.get(name, Attendance()), rounds=state.server_round
+                state.sites.get(name),
+                state.attendance.get(name, Attendance()),
+                rounds=state.server_round,
+                waiting_since=state.waiting_since.get(name),
             )
             for name in names
         },
@@ -141,7 +144,9 @@ def _cost(plan: Plan, site: Prepared, seen: Attendance) -> tuple[SitePrivacy, Ep
     )
 
 
-def _participation(site: Prepared | None, seen: Attendance, *, rounds: int) -> Participation:
+def _participation(
+    site: Prepared | None, seen: Attendance, *, rounds: int, waiting_since: str | None
+) -> Participation:
     return Participation(
         status=site.status if site else "unknown",
         role=site.role if site else "unknown",
@@ -149,15 +154,20 @@ def _participation(site: Prepared | None, seen: Attendance, *, rounds: int) -> P
         rounds_late=seen.late,
         rounds_rejected=seen.rejected,
         tasks_sent_again=seen.away,
-        story=_story(site, seen, rounds=rounds),
+        story=_story(site, seen, rounds=rounds, waiting_since=waiting_since),
         patient_is=site.patient_is if site else "unknown",
+        waiting_since=None if waiting_since is None else datetime.fromisoformat(waiting_since),
     )
 
 
-def _story(site: Prepared | None, seen: Attendance, *, rounds: int) -> str:
+def _story(site: Prepared | None, seen: Attendance, *, rounds: int, waiting_since: str | None) -> str:
     """Returns one line that a coordinator can read out."""
     if site is None:
         return "answered, but never said who it is"
+    if site.status == "waiting":
+        return f"nobody there has approved the plan; it waits since {waiting_since}"
+    if site.status == "incompatible":
+        return f"incompatible: {site.reason}; it has Feverfew {site.feverfew}"
     if site.status != "approved":
         return f"{site.status}: {site.reason}"
     if site.role == "evaluation":

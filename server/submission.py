@@ -87,13 +87,10 @@ def submit(
         ConfigError: the run id has other characters than a-z, 0-9 and '-'.
         UserError: the coordinator is not running, or the id belongs to another plan.
     """
-    if not RUN_ID.fullmatch(run_id):
-        raise ConfigError(f"Expected a run id of a-z, 0-9 and '-' (64 at most), found {run_id!r}.")
+    _check_id(run_id)
     if not is_running(home):
         raise UserError("Expected a running coordinator, found none; run: feverfew-server start")
-    record = RunRecord(directory=home.runs / run_id)
-    record.directory.mkdir(mode=0o700, exist_ok=True)
-    _keep_plan(record.directory / PLAN, plan_json)
+    record = reserve(home, plan_json, run_id)
     asked = Submission(run=run_id, submitted=time.time(), server_app=server_app, client_app=client_app)
     former = record.submission
     is_new = former is None or record.end is not None
@@ -105,6 +102,20 @@ def submit(
         record.keep(asked if former is None else replace(former, flower_run=0, lives=0))
         record.reopen()
     return Followed(run=run_id, events_bytes=events_bytes)
+
+
+def reserve(home: Home, plan_json: str, run_id: str) -> RunRecord:
+    """Binds our id of a run to a plan, for ever, and starts nothing.
+
+    Raises:
+        ConfigError: the run id has other characters than a-z, 0-9 and '-'.
+        UserError: the id belongs to another plan.
+    """
+    _check_id(run_id)
+    record = RunRecord(directory=home.runs / run_id)
+    record.directory.mkdir(mode=0o700, exist_ok=True)
+    _keep_plan(record.directory / PLAN, plan_json)
+    return record
 
 
 def stop(home: Home, run_id: str) -> None:
@@ -162,6 +173,11 @@ def _outcome(record: RunRecord, end: End) -> Outcome:
         directory=str(record.directory),
         has_report=(record.directory / REPORT).is_file(),
     )
+
+
+def _check_id(run_id: str) -> None:
+    if not RUN_ID.fullmatch(run_id):
+        raise ConfigError(f"Expected a run id of a-z, 0-9 and '-' (64 at most), found {run_id!r}.")
 
 
 def _keep_plan(path: Path, plan_json: str) -> None:

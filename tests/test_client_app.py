@@ -12,7 +12,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from safetensors.numpy import load_file
 
-from client import approval, training
+from client import approval, training, work
 from client.app import app
 from client.cohort import open_cohort
 from client.noise import seeded_key
@@ -151,7 +151,7 @@ def test_site_answers_prepare_with_its_public_constants(site: Site) -> None:
 @pytest.mark.parametrize(
     ("settings", "changes", "status", "reason"),
     [
-        ({"approve": "none"}, {}, "waiting", "not_approved"),
+        ({"policies": []}, {}, "waiting", "not_approved"),
         ({}, {"randomness": "seeded"}, "declined", "seeded_noise"),
         ({"unsafe_allow_no_privacy": False}, {"privacy": "none"}, "declined", "no_privacy"),
         ({"max_epsilon": 2.9}, {}, "declined", "budget_exceeded"),
@@ -331,7 +331,7 @@ def test_wrong_tasks_are_refused_by_their_code_and_charge_nothing(tmp_path: Path
     size = len(parameters_of(asked))
     evaluates = write_site(tmp_path / "eval", size=8, role="evaluation")
     no_test = write_site(tmp_path / "none", size=8, split={"train": 0.8, "validation": 0.2, "test": 0.0})
-    careful = write_site(tmp_path / "careful", size=8, approve="none")
+    careful = write_site(tmp_path / "careful", size=8, policies=[])
     strict = write_site(tmp_path / "strict", size=8, unsafe_allow_no_privacy=False)
     seeded, exact = private_plan(randomness="seeded"), open_plan()
     cases = [
@@ -358,10 +358,10 @@ def test_wrong_tasks_are_refused_by_their_code_and_charge_nothing(tmp_path: Path
 
 
 def test_approved_plan_is_worked_on(tmp_path: Path) -> None:
-    careful = write_site(tmp_path / "careful", size=8, approve="none")
+    careful = write_site(tmp_path / "careful", size=8, policies=[])
     asked = private_plan()
     assert refusal(careful, asked, task_of(asked)) == "not_approved"
-    approval.approve(careful, asked)
+    approval.decide(careful, asked, "approved")
     assert trained(careful, asked).values.any()
 
 
@@ -397,6 +397,32 @@ def test_plan_that_this_version_cannot_read_is_incompatible(site: Site) -> None:
     broken.run_config["plan"] = asked.to_json().replace('"rounds":2', '"rounds":2,"from_the_future":1')
     content = app(message, broken).content
     assert content.config_records["refused"] == {"code": "incompatible_plan"}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"schema_version": 3}', "not JSON", '{"from_the_future": 1}', "[" * 100_000, ""]
+)
+def test_site_that_cannot_read_a_plan_answers_incompatible_with_its_version(site: Site, text: str) -> None:
+    asked = private_plan()
+    unread = context(site, asked)
+    unread.run_config["plan"] = text
+    message = Message(exchange.task_record(task_of(asked, "prepare")), 7, TYPES["prepare"])
+    told = exchange.read_prepared(app(message, unread).content)
+    assert (told.site, told.status, told.reason) == ("north", "incompatible", "incompatible_plan")
+    assert told.feverfew and charges(site) == []
+
+
+def test_site_that_cannot_read_a_task_answers_incompatible(site: Site) -> None:
+    asked = private_plan()
+    content = RecordDict({"task": ConfigRecord({"run": "run-1", "from the future": 1})})
+    told = exchange.read_prepared(answer(site, asked, task_of(asked, "prepare"), content=content))
+    assert (told.status, told.reason) == ("incompatible", "malformed_task")
+
+
+def test_status_that_no_site_has_is_rejected(site: Site) -> None:
+    record = exchange.prepared_record(work.prepared(site, status="keen", reason=""))
+    with pytest.raises(InvalidReply):
+        exchange.read_prepared(record)
 
 
 def text_of(reply: Message) -> bytes:

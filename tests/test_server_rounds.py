@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from common.exchange import Prepared, Scored, Task, Update
 from common.metrics import Histogram
 from common.plan import Plan
 from common.trail import Trail, read
-from server import app, checkpoint
+from server import app, approvals, checkpoint
 from server.checkpoint import RunState
 from server.heads import Heads
 from server.report import Report
@@ -91,9 +93,9 @@ def _answer(plan: Plan, task: Task, name: str, step: float, facts: dict[str, Any
     return exchange.delivered_record()
 
 
-def run(plan: Plan, nodes: dict[str, Behaviour], directory: Path) -> Rounds:
+def run(plan: Plan, nodes: dict[str, Behaviour], directory: Path, *, state: RunState | None = None) -> Rounds:
     start = model.flatten(model.build(plan))
-    state = RunState(
+    state = state or RunState(
         run="r", plan_hash=plan.hash, server_round=0, parameters=start, started="2026-01-01T00:00:00+00:00"
     )
     rounds = Rounds(
@@ -295,6 +297,127 @@ def test_a_site_that_is_not_approved_is_never_asked_to_train(tmp_path: Path) -> 
     assert not asked
     assert rounds.state.rounds[0].sites_asked == 2
     assert rounds.state.sites["c"].reason == "not_approved"
+
+
+def undecided(plan: Plan, name: str, *, asked: int, status: str = "approved") -> Behaviour:
+    """A site at which a person decides after so many queries."""
+    count: list[int] = []
+
+    def behave(message: Message) -> Message | None:
+        if exchange.read_task(message.content).purpose == "prepare":
+            count.append(1)
+        waits = len(count) <= asked
+        said = {"status": "waiting", "reason": "not_approved"} if waits else {"status": status}
+        return site(plan, name, 0.5, **said)(message)
+
+    return behave
+
+
+def prepared_of(directory: Path, name: str) -> list[str]:
+    events = read(directory / "events.jsonl")
+    return [one["status"] for one in events if one["event"] == "site_prepared" and one["site"] == name]
+
+
+@pytest.mark.parametrize("status", ["approved", "declined"])
+def test_the_run_begins_as_soon_as_every_site_has_decided(tmp_path: Path, status: str) -> None:
+    plan = tiny_plan(sites=3, rounds=1, approval_deadline_seconds=86400)
+    nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
+    nodes["c"] = undecided(plan, "c", asked=3, status=status)
+    began = time.monotonic()
+    rounds = run(plan, nodes, tmp_path)
+    assert 1.0 < time.monotonic() - began < 10
+    assert rounds.state.rounds[0].sites_asked == (3 if status == "approved" else 2)
+    assert rounds.state.waiting_since == {}
+    assert prepared_of(tmp_path, "c") == ["waiting", status], "an answer that stays the same is told once"
+
+
+def test_the_run_begins_at_the_approval_deadline_with_those_that_have_approved(tmp_path: Path) -> None:
+    plan = tiny_plan(sites=3, rounds=1, approval_deadline_seconds=1.5)
+    nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
+    nodes["c"] = undecided(plan, "c", asked=1000)
+    began = time.monotonic()
+    rounds = run(plan, nodes, tmp_path)
+    assert 1.4 < time.monotonic() - began < 10
+    assert rounds.state.rounds[0].sites_asked == 2 and set(rounds.state.waiting_since) == {"c"}
+
+
+def test_without_an_approval_deadline_nobody_is_waited_for(tmp_path: Path) -> None:
+    plan = tiny_plan(sites=3, rounds=1, approval_deadline_seconds=0)
+    nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
+    nodes["c"] = undecided(plan, "c", asked=1000)
+    rounds = run(plan, nodes, tmp_path)
+    assert rounds.state.rounds[0].sites_asked == 2
+    assert "approval_awaited" not in {one["event"] for one in read(tmp_path / "events.jsonl")}
+
+
+def test_enough_sites_that_have_approved_do_not_wait_for_another(tmp_path: Path) -> None:
+    plan = tiny_plan(sites=2, rounds=1, approval_deadline_seconds=86400)
+    nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
+    nodes["c"] = undecided(plan, "c", asked=1000)
+    assert run(plan, nodes, tmp_path).state.rounds[0].sites_asked == 2
+
+
+def test_a_site_that_is_approved_in_the_middle_of_a_run_joins_at_the_next_round(tmp_path: Path) -> None:
+    plan = tiny_plan(sites=3, rounds=4)
+
+    def slow(record: RecordDict, message: Message) -> RecordDict:
+        time.sleep(0.4)
+        return record
+
+    nodes = {name: site(plan, name, 0.5, edit=slow) for name in ("a", "b")}
+    nodes["c"] = undecided(plan, "c", asked=2)
+    rounds = run(plan, nodes, tmp_path)
+    asked = [one.sites_asked for one in rounds.state.rounds]
+    assert asked[0] == 2 and asked[-1] == 3, asked
+    assert rounds.state.waiting_since == {}
+
+
+def test_a_restart_does_not_wait_for_approval_as_long_again(tmp_path: Path) -> None:
+    """The deadline counts from when the site said first that it waits, whatever process asked it."""
+    plan = tiny_plan(sites=3, rounds=1, approval_deadline_seconds=86400)
+    nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
+    killed: list[bool] = []
+
+    def dies(message: Message) -> Message | None:
+        if killed:
+            raise KeyboardInterrupt  # what a killed process is to its caller
+        killed.append(True)
+        return undecided(plan, "c", asked=1)(message)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, {**nodes, "c": dies}, tmp_path)
+    state = checkpoint.latest(tmp_path / "checkpoints", run="r", plan_hash=plan.hash)
+    assert state is not None and state.server_round == 0
+    assert set(state.waiting_since) == {"c"}
+    first = datetime.fromisoformat(state.waiting_since["c"])
+    assert 0 <= (datetime.now(UTC) - first).total_seconds() < 30
+    past = {"c": (first - timedelta(days=2)).isoformat()}
+    began = time.monotonic()
+    nodes["c"] = undecided(plan, "c", asked=1000)
+    rounds = run(plan, nodes, tmp_path, state=replace(state, waiting_since=past))
+    assert time.monotonic() - began < 10
+    assert rounds.state.rounds[0].sites_asked == 2 and rounds.state.waiting_since == past
+
+
+def test_the_report_tells_who_waits_and_since_when_and_who_is_of_another_version(tmp_path: Path) -> None:
+    plan = tiny_plan(sites=4, rounds=1)
+    nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
+    nodes["c"] = undecided(plan, "c", asked=1000)
+    nodes["d"] = site(plan, "d", 0.5, status="incompatible", reason="incompatible_plan", feverfew="9.9")
+    app.coordinate(
+        InlineGrid(nodes), plan, run="r", directory=tmp_path, heads=Heads(tmp_path / "heads"), engine="test"
+    )
+    told = Report.read(tmp_path).participation
+    since = told["c"].waiting_since
+    assert since is not None and abs((datetime.now(UTC) - since).total_seconds()) < 60
+    assert told["c"].status == "waiting" and "nobody there has approved the plan" in told["c"].story
+    assert told["d"].story == "incompatible: incompatible_plan; it has Feverfew 9.9"
+    assert told["a"].waiting_since is None
+
+
+def test_a_clock_that_was_put_back_does_not_lengthen_the_deadline() -> None:
+    tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    assert approvals.seconds_left({"c": tomorrow}, deadline_seconds=60) == 60
 
 
 def test_a_site_that_claims_another_name_is_not_admitted(tmp_path: Path) -> None:
