@@ -5,12 +5,13 @@ Who needs one of these names takes it from here.
 
 from __future__ import annotations
 
+import json
 import ssl
 from pathlib import Path
 from typing import Any
 
 import httpx
-from flwr.app import Context, Message
+from flwr.app import Array, Context, Message
 
 # A reply's head is sent before its content.
 from flwr.app.message import remove_content_from_message
@@ -64,6 +65,8 @@ from flwr.supercore.fab import Fab
 # A message travels as a tree of objects named by their hash.
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
+    get_object_body,
+    get_object_children_ids_from_object_content,
     get_object_tree,
     no_object_id_recompute,
 )
@@ -75,6 +78,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
+    inflate_object_from_contents,
     pull_and_inflate_object_from_tree,
     pull_objects,
     push_objects,
@@ -83,6 +87,9 @@ from flwr.supercore.inflatable.inflatable_utils import (
 # ``Message`` takes run and node from here; outside Flower's own programs nobody sets it.
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
+
+# What protobuf raises over bytes that are none of its messages.
+from google.protobuf.message import DecodeError
 
 __all__ = [
     "ActivateNodeRequest",
@@ -104,13 +111,16 @@ __all__ = [
     "SendNodeHeartbeatRequest",
     "StartRunRequest",
     "StopRunRequest",
+    "UNREADABLE",
     "assign_id",
+    "bound_arrays",
     "build_bundle",
     "control_client",
     "fab_to_proto",
     "fleet_client",
     "get_all_nested_objects",
     "get_object_tree",
+    "inflate_object_from_contents",
     "make_confirm_message_received_fn_protobuf",
     "make_pull_object_fn_protobuf",
     "make_push_object_fn_protobuf",
@@ -142,6 +152,16 @@ SIGNATURE_HEADERS = (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, FLEET_HTTP_
 """The headers with which a site proves that it is the one that it says: key, time, signature of the time."""
 
 
+UNREADABLE = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(RecursionError, MemoryError, DecodeError),
+)
+"""What comes out of a message whose parts are not what they say they are: whoever sent it is to blame.
+
+Errors of the transport are none of these.
+"""
+
+
 def set_identity(run_id: int, *, node_id: int) -> None:
     """Sets whose messages this process makes; needed before the first ``Message`` is constructed."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, node_id
@@ -157,6 +177,27 @@ def shorten_backoff() -> None:
     """Shortens, in this process, the wait when a message is seen before its objects have arrived."""
     for function in (pull_objects, pull_and_inflate_object_from_tree):
         function.__kwdefaults__["initial_backoff"] = BACKOFF_SECONDS
+
+
+def bound_arrays(max_bytes: int) -> None:
+    """Refuses, in this process, to put together arrays of more bytes than this.
+
+    An array names its parts by number, and may name one a million times: a few kilobytes on the wire.
+    """
+
+    def inflate(cls: type[Array], content: bytes, children: dict[str, Any] | None = None) -> Array:
+        sizes = [
+            len((children or {})[name].data) for name in get_object_children_ids_from_object_content(content)
+        ]
+        parts = json.loads(get_object_body(content, cls))["arraychunk_ids"]
+        if sum(sizes[part] for part in parts) > max_bytes:
+            raise ValueError(f"expected an array of at most {max_bytes} bytes")
+        return _INFLATE_ARRAY(content, children)
+
+    Array.inflate = classmethod(inflate)
+
+
+_INFLATE_ARRAY = Array.inflate
 
 
 def pack_message(message: Message) -> bytes:
