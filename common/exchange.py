@@ -230,17 +230,24 @@ def update_record(update: Update) -> RecordDict:
 
 
 def read_update(
-    record: RecordDict, *, server_round: int, num_parameters: int, bound: float, weight: float | None
+    record: RecordDict,
+    *,
+    server_round: int,
+    num_parameters: int,
+    bound: float,
+    max_norm: float,
+    weight: float | None,
 ) -> Update:
     """Unpacks and validates a training reply.
 
     Args:
         bound: largest magnitude of an element that is believed.
+        max_norm: largest Euclidean norm that is believed.
         weight: the public weight the reply must carry; None where the site's exact count is the weight.
 
     Raises:
         InvalidReply: code ``records``, ``server_round``, ``weight``, ``shape``, ``dtype``,
-            ``non_finite`` or ``out_of_bound``.
+            ``non_finite``, ``out_of_bound`` or ``norm``.
     """
     arrays, metrics = _only(record, "update")
     if not {"server-round", "weight"} <= set(metrics) <= {"server-round", "weight", "train-loss"}:
@@ -253,6 +260,8 @@ def read_update(
     values = _decoded(arrays["update"], shape=(num_parameters,), dtype="float32")
     if np.abs(values).max(initial=0.0) > bound:
         raise InvalidReply("out_of_bound")
+    if np.linalg.norm(values) > max_norm:
+        raise InvalidReply("norm")
     loss = metrics.get("train-loss")
     return Update(
         server_round=server_round,

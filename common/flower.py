@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import ssl
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +115,7 @@ __all__ = [
     "StopRunRequest",
     "UNREADABLE",
     "assign_id",
-    "bound_arrays",
+    "bound_messages",
     "build_bundle",
     "control_client",
     "fab_to_proto",
@@ -179,10 +181,11 @@ def shorten_backoff() -> None:
         function.__kwdefaults__["initial_backoff"] = BACKOFF_SECONDS
 
 
-def bound_arrays(max_bytes: int) -> None:
-    """Refuses, in this process, to put together arrays of more bytes than this.
+def bound_messages(max_bytes: int) -> None:
+    """Refuses, in this process, to receive a message of more bytes than this, or to make one in memory.
 
-    An array names its parts by number, and may name one a million times: a few kilobytes on the wire.
+    A sender may name any number of parts; and an array may name one part a million times, which are a few
+    kilobytes on the wire. What is refused raises one of ``UNREADABLE``.
     """
 
     def inflate(cls: type[Array], content: bytes, children: dict[str, Any] | None = None) -> Array:
@@ -194,10 +197,29 @@ def bound_arrays(max_bytes: int) -> None:
             raise ValueError(f"expected an array of at most {max_bytes} bytes")
         return _INFLATE_ARRAY(content, children)
 
+    def pull(object_ids: list[str], pull_object: Callable[[str], bytes], **options: Any) -> dict[str, bytes]:
+        return dict(pull_objects(object_ids, _counted(pull_object, max_bytes=max_bytes), **options))
+
     Array.inflate = classmethod(inflate)
+    for name in _PULLING_MODULES & set(sys.modules):  # a process has imported what it pulls with
+        sys.modules[name].pull_objects = pull  # type: ignore[attr-defined]
 
 
 _INFLATE_ARRAY = Array.inflate
+_PULLING_MODULES = {"flwr.superlink.grid.http_grid", "flwr.supercore.inflatable.inflatable_utils"}
+
+
+def _counted(pull_object: Callable[[str], bytes], *, max_bytes: int) -> Callable[[str], bytes]:
+    sizes: list[int] = []  # appended to by several threads
+
+    def pull(object_id: str) -> bytes:
+        if sum(sizes) > max_bytes:
+            raise ValueError(f"expected a message of at most {max_bytes} bytes")
+        content = pull_object(object_id)
+        sizes.append(len(content))
+        return content
+
+    return pull
 
 
 def pack_message(message: Message) -> bytes:

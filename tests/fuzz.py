@@ -1,8 +1,9 @@
 """Coverage-guided fuzzing of every parser of bytes that come from outside; ``make fuzz``.
 
-Each ``fuzz_<parser>.py`` has ``SEEDS`` (inputs to begin with, and inputs that once found a defect) and ``parse``,
-which swallows the errors that its parser documents and nothing else. A crash, a hang of ten seconds or more
-than two gigabytes of memory ends the run, and the input is kept. ``tests/test_fuzz.py`` runs all seeds.
+Each ``fuzz_<parser>.py`` has ``SEEDS`` (inputs to begin with, and inputs that once found a defect) and
+``parse``, which swallows the errors that its parser documents and nothing else. A crash, a hang of ten
+seconds or more than two gigabytes of memory ends the run, and the input is kept. ``tests/test_fuzz.py`` runs
+all seeds.
 """
 
 from __future__ import annotations

@@ -71,7 +71,9 @@ def parse(data: bytes) -> None:
         lambda: taken_from(head),
         lambda: exchange.require_accepted(head),
         lambda: exchange.read_prepared(prepared),
-        lambda: exchange.read_update(update, server_round=1, num_parameters=SIZE, bound=16.0, weight=1.0),
+        lambda: exchange.read_update(
+            update, server_round=1, num_parameters=SIZE, bound=16.0, max_norm=9.0, weight=1.0
+        ),
         lambda: exchange.read_scored(exact, server_round=1, part="test", expected=EXPECTED[0]),
         lambda: exchange.read_scored(noised, server_round=1, part="test", expected=EXPECTED[1]),
     ):

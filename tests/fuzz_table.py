@@ -1,4 +1,4 @@
-"""Fuzzes the case table: CSV and TSV with the columns that a new site names, and with labels in many columns."""
+"""Fuzzes the case table: CSV and TSV with the columns that a new site names, and with others."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import sqlite3
 from contextlib import closing
@@ -98,7 +99,9 @@ def trained(site: Site, asked: Plan, task: Task | None = None, *, weight: float 
     record = answer(site, asked, task or task_of(asked))
     exchange.require_accepted(record)
     size = len(parameters_of(asked))
-    return exchange.read_update(record, server_round=1, num_parameters=size, bound=1e9, weight=weight)
+    return exchange.read_update(
+        record, server_round=1, num_parameters=size, bound=1e9, max_norm=math.inf, weight=weight
+    )
 
 
 def evaluated(site: Site, asked: Plan, *, exact: bool, part: str = "test") -> Scored:
