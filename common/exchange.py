@@ -169,6 +169,7 @@ def prepared_record(prepared: Prepared) -> RecordDict:
     return RecordDict({"reply": ConfigRecord(fields)})
 
 
+_PARTS = {"train", "validation", "test"}
 _PREPARED_FIELDS = tuple(Prepared.__dataclass_fields__)
 
 
@@ -186,11 +187,11 @@ def read_prepared(record: RecordDict) -> Prepared:
             fields[name] = _text(fields[name])
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", fields["site"]):
             raise InvalidReply("records")  # the name is also that of a file
-        fields["parts"] = tuple(_text(part) for part in fields["parts"])
+        fields["parts"] = tuple(_text(part) for part in fields["parts"][: len(_PARTS) + 1])
         fields["nominal_patients"] = _count(fields["nominal_patients"])
     except (KeyError, TypeError, ValueError):
         raise InvalidReply("records") from None
-    if fields["nominal_patients"] < 1:
+    if fields["nominal_patients"] < 1 or not set(fields["parts"]) <= _PARTS:
         raise InvalidReply("records")
     return Prepared(**fields)
 
@@ -260,7 +261,7 @@ def read_update(
     values = _decoded(arrays["update"], shape=(num_parameters,), dtype="float32")
     if np.abs(values).max(initial=0.0) > bound:
         raise InvalidReply("out_of_bound")
-    if np.linalg.norm(values) > max_norm:
+    if math.sqrt(np.einsum("i,i", values, values, dtype=np.float64)) > max_norm:
         raise InvalidReply("norm")
     loss = metrics.get("train-loss")
     return Update(

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common import keys
 from common.errors import ConfigError, UserError
 from common.invitation import Invitation
+from common.settings import tree_of
 from common.value import first_problem
 from server.control import Control
 
@@ -158,10 +158,7 @@ def open_home(directory: Path) -> Home:
             f"Expected a coordinator's directory at {directory}, found none; make one with "
             f"feverfew-server init {directory} --host NAME"
         )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        raise ConfigError(f"Expected YAML in {path}, found something else.") from None
+    tree = tree_of(path.read_text(encoding="utf-8"))
     # Absolute, since the coordinator's processes run in a directory of their own.
     return Home(directory=directory.resolve(), settings=_settings(tree))
 

@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from common.calibration import mechanism
+from common.calibration import largest_noise_multiplier
 from common.model import FlatArray
 from common.plan import DpSgd, Plan
 
@@ -40,13 +40,12 @@ def largest_norm(plan: Plan, *, nominal_patients: int, parameters: FlatArray) ->
     privacy, training = plan.privacy, plan.training
     if not isinstance(privacy, DpSgd):
         return math.inf
-    sigma = mechanism(plan, nominal_patients=nominal_patients).noise_multiplier
+    sigma = largest_noise_multiplier(plan, nominal_patients=nominal_patients)
     sigma *= math.sqrt(1 + privacy.loss_noise_ratio**-2)  # a part of the budget is the released loss's
     noise = sigma * (math.sqrt(len(parameters)) + math.sqrt(2 * math.log(1 / FAILURE_PROB)))
     start = float(np.linalg.norm(parameters))
-    gradient = (
-        privacy.max_grad_norm * (_most_drawn(training.expected_batch) + noise) / training.expected_batch
-    )
+    batch = training.expected_batch
+    gradient = privacy.max_grad_norm * (_most_drawn(batch) + noise) / batch
     moved = momentum = 0.0
     for _ in range(training.local_steps):
         decay = training.weight_decay * (start + moved)

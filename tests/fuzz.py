@@ -26,6 +26,9 @@ INSTRUMENTED = [
     "flwr.common.serde",
     "csv",
 ]
+_DIRECTORY = tempfile.TemporaryDirectory()
+PLACE = Path(_DIRECTORY.name)
+"""Where harnesses write what is read from a file."""
 LIMITS = ["-timeout=10", "-rss_limit_mb=2048", "-max_len=65536"]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from common.errors import StateError
 from common.exchange import Prepared
 from server import checkpoint
 from server.checkpoint import Attendance, RoundRecord, RunState
+from tests.fuzz import PLACE
 
 DIVIDER = b"\n--\n"
 
@@ -46,8 +46,7 @@ def _seed() -> bytes:
         return (saved / "state.json").read_bytes() + DIVIDER + (saved / "parameters.safetensors").read_bytes()
 
 
-SEEDS = [_seed()]
-PLACE = Path(os.environ.get("TMPDIR", "/tmp")) / f"feverfew-fuzz-{os.getpid()}"
+SEEDS = [_seed(), b"[" * 20_000, b"null", b'{"rounds":3}' + DIVIDER]
 
 
 def parse(data: bytes) -> None:

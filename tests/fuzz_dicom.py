@@ -5,8 +5,6 @@ Compressed pixels are decoded in a child process, which has tests of its own (``
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from pydicom.uid import (
@@ -18,6 +16,7 @@ from pydicom.uid import (
 from client import decoder, images, part10
 from client.declared import declared
 from common.errors import UnusableCase
+from tests.fuzz import PLACE
 from tests.scans import RAMP, dicom
 
 SEEDS = [
@@ -27,7 +26,7 @@ SEEDS = [
     dicom(RAMP, syntax=RLELossless),
     dicom(RAMP, NumberOfFrames=1, PixelPaddingValue=0, PhotometricInterpretation="MONOCHROME1"),
 ]
-PLACE = Path(os.environ.get("TMPDIR", "/tmp")) / f"feverfew-fuzz-{os.getpid()}.dcm"
+FILE = PLACE / "case.dcm"
 
 
 def _not_decoded(content: bytes) -> Any:
@@ -37,9 +36,9 @@ def _not_decoded(content: bytes) -> Any:
 def parse(data: bytes) -> None:
     """Reads bytes as a DICOM file, in the three ways in which a hospital's files are read."""
     decoder.stored_pixels = _not_decoded
-    PLACE.write_bytes(data)
+    FILE.write_bytes(data)
     part10.instance_of(data[: part10.HEAD_BYTES])
-    declared(PLACE)
+    declared(FILE)
     try:
         images.decode(data)
     except UnusableCase:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 from client.case import Case, Refused
 from client.table import Table, rows
 from common.errors import DataError
+from tests.fuzz import PLACE
 from tests.sites import skeleton_cases
 
 USUAL: dict[str, Any] = skeleton_cases("north")
@@ -26,13 +25,11 @@ SEEDS = [
     b"\2image,label,patient_id\n../up.png,a|b,7\n/etc/passwd,a,\n",
     b"\3image,label,sick,age,patient_id\n1.png,yes,0,33,7\n1.png,no,0,33,7\n",
 ]
-PLACE = Path(os.environ.get("TMPDIR", "/tmp")) / f"feverfew-fuzz-{os.getpid()}"
 
 
 def parse(data: bytes) -> None:
     """Reads bytes as a table: whatever it holds becomes cases, refused rows or one error of ours."""
     settings = TABLES[(data[:1] or b"\0")[0] % len(TABLES)]
-    PLACE.mkdir(exist_ok=True)
     (PLACE / settings.file).write_bytes(data[1:])
     for patient_is in ("column", "case"):
         try:

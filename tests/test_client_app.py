@@ -62,12 +62,14 @@ def parameters_of(asked: Plan) -> model.FlatArray:
 
 
 def task_of(asked: Plan, purpose: Any = "train", **changes: Any) -> Task:
+    part = changes.get("part", "test" if purpose == "evaluate" else "")
+    is_last = part == "test" or purpose == "deliver"
     fields: dict[str, Any] = {
         "run": "run-1",
         "plan_hash": asked.hash,
-        "server_round": 1,
+        "server_round": asked.rounds if is_last else 1,
         "purpose": purpose,
-        "part": "test" if purpose == "evaluate" else "",
+        "part": part,
         "parameters": parameters_of(asked) if purpose != "prepare" else np.zeros(0, np.float32),
     }
     return Task(**(fields | changes))
@@ -105,10 +107,11 @@ def trained(site: Site, asked: Plan, task: Task | None = None, *, weight: float 
 
 
 def evaluated(site: Site, asked: Plan, *, exact: bool, part: str = "test") -> Scored:
-    record = answer(site, asked, task_of(asked, "evaluate", part=part))
+    task = task_of(asked, "evaluate", part=part)
+    record = answer(site, asked, task)
     exchange.require_accepted(record)
     expected = measure.arrays_of(asked.asked, bins=10, exact=exact)
-    return exchange.read_scored(record, server_round=1, part=part, expected=expected)
+    return exchange.read_scored(record, server_round=task.server_round, part=part, expected=expected)
 
 
 def prepared(site: Site, asked: Plan) -> Prepared:
@@ -180,8 +183,8 @@ def test_whole_run_fits_a_budget_of_its_target(site: Site) -> None:
         exchange.require_accepted(record)
     evaluated(site, asked, exact=False)
     assert len(charges(site)) == 5
-    later = task_of(asked, server_round=3)
-    assert refusal(site, asked, later) == "budget_exceeded"
+    again = task_of(asked, parameters=parameters_of(asked) * 2, server_round=2)
+    assert refusal(site, asked, again) == "budget_exceeded"
     assert len(charges(site)) == 5
 
 
@@ -304,11 +307,11 @@ def test_noised_histogram_is_all_that_private_data_send(site: Site) -> None:
 
 def test_exact_scores_are_sent_without_privacy_and_never_charged(site: Site) -> None:
     asked = open_plan()
+    trained(site, asked)
     scored = evaluated(site, asked, exact=True)
     part = open_cohort(site, asked=asked.asked).parts["test"]
     assert len(scored.arrays["scores"]) == len(part.targets)
     assert scored.arrays["weights"].sum() == pytest.approx(len(part.patients))
-    trained(site, asked)
     assert charges(site) == []
 
 
