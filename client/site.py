@@ -143,8 +143,8 @@ def read_settings(path: Path) -> SiteSettings:
         ConfigError: not YAML, or a key is unknown, missing or wrong.
     """
     try:
-        return SiteSettings.model_validate(tree_of(path.read_text(encoding="utf-8")))
-    except (ConfigError, UnicodeDecodeError) as error:
+        return SiteSettings.model_validate(tree_of(path.read_bytes()))
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_problem(error)}") from None

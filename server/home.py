@@ -158,7 +158,7 @@ def open_home(directory: Path) -> Home:
             f"Expected a coordinator's directory at {directory}, found none; make one with "
             f"feverfew-server init {directory} --host NAME"
         )
-    tree = tree_of(path.read_text(encoding="utf-8"))
+    tree = tree_of(path.read_bytes())
     # Absolute, since the coordinator's processes run in a directory of their own.
     return Home(directory=directory.resolve(), settings=_settings(tree))
 

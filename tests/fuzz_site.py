@@ -12,7 +12,7 @@ SEEDS = [
     b"name: north\nrole: training\n",
     b"a: &a [1, *a]\n",
     b"!!python/object/apply:os.system ['true']\n",
-    b"[" * 5000,
+    b"[" * 60_000,
     b"name: 2001-99-99\n",
     b"name: 0x" + b"f" * 5000,
     b"name: !!timestamp 9",

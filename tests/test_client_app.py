@@ -363,6 +363,36 @@ def test_wrong_tasks_are_refused_by_their_code_and_charge_nothing(tmp_path: Path
         assert charges(where) == []
 
 
+@pytest.mark.parametrize("purpose", ["prepare", "train", "evaluate", "deliver"])
+def test_a_task_that_comes_as_another_kind_of_message_is_refused(site: Site, purpose: str) -> None:
+    asked = private_plan()
+    for kind in {*TYPES} - {purpose}:
+        message = Message(exchange.task_record(task_of(asked, purpose)), 7, TYPES[kind])
+        reply = app(message, context(site, asked))
+        assert reply.content.config_records["refused"] == {"code": "malformed_task"}
+    assert charges(site) == []
+
+
+def test_tasks_out_of_order_are_refused_before_any_charge(site: Site) -> None:
+    asked = private_plan()
+    exchange.require_accepted(answer(site, asked, task_of(asked, server_round=2)))
+    assert refusal(site, asked, task_of(asked, server_round=1)) == "wrong_round"
+    assert refusal(site, asked, task_of(asked, server_round=3)) == "wrong_round"
+    assert refusal(site, asked, task_of(asked, "evaluate", server_round=1)) == "wrong_round"
+    assert refusal(site, asked, task_of(asked, "deliver", server_round=1)) == "wrong_round"
+    assert [row["server_round"] for row in charges(site)] == [2]
+
+
+def test_a_run_that_comes_with_another_plan_is_declined_and_refused(site: Site) -> None:
+    """Also where the server says in the run's settings that this is its plan."""
+    asked, other = private_plan(), private_plan(seed=1)
+    trained(site, asked)
+    told = prepared(site, other)
+    assert (told.status, told.reason) == ("declined", "other_plan")
+    assert refusal(site, other, task_of(other, server_round=2)) == "other_plan"
+    assert {row["plan_hash"] for row in charges(site)} == {asked.hash}
+
+
 def test_approved_plan_is_worked_on(tmp_path: Path) -> None:
     careful = write_site(tmp_path / "careful", size=8, approve="none")
     asked = private_plan()
