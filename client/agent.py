@@ -49,6 +49,10 @@ ATTEMPTS: Final = 3
 """A task over which so many workers have died is answered with an error: it is the task that kills them."""
 SUPERSEDED: Final = "superseded"
 """A task of an earlier round was waiting behind a later one and is not done any more."""
+NOT_READABLE: Final = "unreadable"
+"""A task's parts are not what they say they are."""
+MAX_TASK_BYTES: Final = 2**31
+"""Of one task in memory: half a billion parameters."""
 RUN_NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
 
 
@@ -107,6 +111,7 @@ class Agent:
         pid_file.write_text(f"{os.getpid()}\n")
         trail.record_if_possible(self.site, "started", by=account())
         flower.shorten_backoff()
+        flower.bound_messages(MAX_TASK_BYTES)
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         end_monitor = self._monitor()
         try:
@@ -175,24 +180,27 @@ class Agent:
                 return tasks
             logger.warning("the coordinator refuses this site: %s", flower.refusal_text(error))
             self._lost.set()
+        except flower.UNREADABLE as error:
+            logger.warning("the coordinator sent something that is no task (%s)", reason(error))
+            self._stop.wait(MAX_PAUSE_SECONDS)
         kept, superseded = without_superseded(tasks)
         for task in superseded:
-            self._decline(task)
+            self._decline(task, SUPERSEDED)
         return kept
 
     def _count(self, kind: str, outcome: str) -> None:
         self.vitals.tasks.labels(kind, outcome).inc()
         self.vitals.last_task.set_to_current_time()
 
-    def _decline(self, task: Task) -> None:
-        self._count(task.head.metadata.message_type, SUPERSEDED)
-        error = Error(code=flower.ErrorCode.UNKNOWN, reason=SUPERSEDED)
-        trail.record_if_possible(self.site, "refused", code=SUPERSEDED)
+    def _decline(self, task: Task, why: str) -> None:
+        self._count(task.head.metadata.message_type, why)
+        error = Error(code=flower.ErrorCode.UNKNOWN, reason=why)
+        trail.record_if_possible(self.site, "refused", code=why)
         try:
             self._persist(lambda: self.fleet.drop(task), seconds=task.head.metadata.ttl)
             self._send(Message(error, reply_to=task.head))
         except httpx.HTTPError:
-            logger.info("a task that a later round has overtaken was not answered: its run has ended")
+            logger.info("a task that is not done (%s) was not answered: its run has ended", why)
 
     def _do(self, task: Task) -> None:
         begun = time.monotonic()
@@ -202,6 +210,10 @@ class Agent:
             message = self._persist(lambda: self.fleet.pull(task), seconds=meta.ttl)
         except (httpx.HTTPError, flower.ObjectPullError) as error:
             logger.warning("a task could not be fetched and is dropped: %s", reason(error))
+            return
+        except flower.UNREADABLE as error:
+            logger.warning("a task is not what it says it is, and is declined (%s)", reason(error))
+            self._decline(task, NOT_READABLE)
             return
         context = Context(
             run_id=task.run_id,

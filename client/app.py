@@ -26,25 +26,25 @@ INCOMPATIBLE = ("incompatible_plan", "malformed_task")
 @app.query("prepare")  # type: ignore[untyped-decorator]
 def prepare(message: Message, context: Context) -> Message:
     """Answers whether this site takes part, with its public constants."""
-    return _answer(message, context, _prepare)
+    return _answer(message, context, "prepare", _prepare)
 
 
 @app.train()  # type: ignore[untyped-decorator]
 def train(message: Message, context: Context) -> Message:
     """Trains one round; charged before it begins, stored before it is sent."""
-    return _answer(message, context, _train)
+    return _answer(message, context, "train", _train)
 
 
 @app.evaluate()  # type: ignore[untyped-decorator]
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluates the global model; charged before it begins, stored before it is sent."""
-    return _answer(message, context, _evaluate)
+    return _answer(message, context, "evaluate", _evaluate)
 
 
 @app.query("deliver")  # type: ignore[untyped-decorator]
 def deliver(message: Message, context: Context) -> Message:
     """Keeps the final model."""
-    return _answer(message, context, _deliver)
+    return _answer(message, context, "deliver", _deliver)
 
 
 def _prepare(site: Site, plan: Plan, task: exchange.Task) -> RecordDict:
@@ -65,7 +65,10 @@ def _deliver(site: Site, plan: Plan, task: exchange.Task) -> RecordDict:
 
 
 def _answer(
-    message: Message, context: Context, do: Callable[[Site, Plan, exchange.Task], RecordDict]
+    message: Message,
+    context: Context,
+    purpose: exchange.Purpose,
+    do: Callable[[Site, Plan, exchange.Task], RecordDict],
 ) -> Message:
     """Runs a task; whatever goes wrong leaves as a constant code. Texts of ours, which name no case, stay in
     the site's log, and all others in ``private/errors.log``."""
@@ -76,6 +79,8 @@ def _answer(
         plan = _plan(str(context.run_config["plan"]))
         if task.plan_hash != plan.hash or task.run != context.run_config["run"]:
             raise Refusal("other_plan")
+        if task.purpose != purpose:
+            raise Refusal("malformed_task", f"expected a task to {purpose}")
         fields = {"run": task.run, "plan_hash": plan.hash, "round": task.server_round, "part": task.part}
         trail.record(site, "received", purpose=task.purpose, **fields)
         content = do(site, plan, task)

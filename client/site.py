@@ -6,9 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from client.case import PatientIs
@@ -18,6 +17,7 @@ from client.policies import Policy
 from client.rest import Hours
 from client.rules import Fraction, Rules
 from common.errors import ConfigError, DataError
+from common.settings import tree_of
 from common.value import Positive, Value, first_problem
 
 
@@ -157,10 +157,8 @@ def read_settings(path: Path) -> SiteSettings:
         ConfigError: not YAML, or a key is unknown, missing or wrong.
     """
     try:
-        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Expected YAML in {path}, found: {str(error).splitlines()[0]}.") from None
-    try:
-        return SiteSettings.model_validate(tree)
+        return SiteSettings.model_validate(tree_of(path.read_bytes()))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_problem(error)}") from None

@@ -14,7 +14,18 @@ from pathlib import Path
 from safetensors.numpy import save
 from torch import nn
 
-from client import approval, evaluation, quarantine, release, trail, training, usage, waiting, withdrawal
+from client import (
+    approval,
+    course,
+    evaluation,
+    quarantine,
+    release,
+    trail,
+    training,
+    usage,
+    waiting,
+    withdrawal,
+)
 from client.cohort import Cohort, Part, open_cohort
 from client.cost import planned_spends
 from client.leaving import sends_exact_scores
@@ -40,6 +51,7 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
     reason = ""
     try:
         approval.require(site, plan)
+        course.require_plan(site, plan, run=task.run)
         _require_ledger(site, plan, task)
         _cohort(site, plan)
     except Refusal as refusal:
@@ -74,7 +86,7 @@ def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
     """Trains one round, or returns the stored reply where this very task was done before.
 
     Raises:
-        Refusal: not approved, over budget, wrong parameters, or an evaluation site.
+        Refusal: not approved, over budget, wrong parameters, wrong round, or an evaluation site.
     """
     if site.settings.role != "training":
         raise Refusal("evaluation_only")
@@ -97,6 +109,7 @@ def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
     is_exact = isinstance(plan.privacy, NoPrivacy)
     spend = None if is_exact else chosen.training(plan.training.local_steps)
     _require_shape(network, task)
+    course.enter(site, plan, task)
     reply = release.once(site, plan, task, part="train", spend=spend, work=work)
     loss = reply.fields["train_loss"]
     return Update(
@@ -111,7 +124,8 @@ def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Score
     """Evaluates a part: noised histograms, or exact scores without privacy and for public data.
 
     Raises:
-        Refusal: not approved, over budget, wrong parameters, or a part that this site does not have.
+        Refusal: not approved, over budget, wrong parameters, wrong round, or a part that this site does not
+            have.
     """
     if task.part not in ("validation", "test") or task.part not in site.settings.split.parts:
         raise Refusal("no_such_part")
@@ -139,6 +153,7 @@ def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Score
 
     spend = None if is_exact else chosen.evaluation(task.part)
     _require_shape(network, task)
+    course.enter(site, plan, task)
     reply = release.once(site, plan, task, part=task.part, spend=spend, work=work)
     return Scored(server_round=task.server_round, part=task.part, arrays=reply.arrays)
 
@@ -147,6 +162,7 @@ def keep_model(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Pat
     """Writes the final model to ``state/models/<run>/``; returns the directory."""
     approval.require(site, plan)
     _require_shape(network, task)
+    course.enter(site, plan, task)
     directory = site.state / "models" / task.run
     directory.mkdir(parents=True, exist_ok=True)
     durable.write(directory / "plan.json", plan.to_json().encode())

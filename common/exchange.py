@@ -170,6 +170,7 @@ def prepared_record(prepared: Prepared) -> RecordDict:
     return RecordDict({"reply": ConfigRecord(fields)})
 
 
+_PARTS = {"train", "validation", "test"}
 _PREPARED_FIELDS = tuple(Prepared.__dataclass_fields__)
 
 
@@ -189,11 +190,11 @@ def read_prepared(record: RecordDict) -> Prepared:
             raise InvalidReply("records")  # the name is also that of a file
         if fields["status"] not in STATUSES:
             raise InvalidReply("records")
-        fields["parts"] = tuple(_text(part) for part in fields["parts"])
+        fields["parts"] = tuple(_text(part) for part in fields["parts"][: len(_PARTS) + 1])
         fields["nominal_patients"] = _count(fields["nominal_patients"])
     except (KeyError, TypeError, ValueError):
         raise InvalidReply("records") from None
-    if fields["nominal_patients"] < 1:
+    if fields["nominal_patients"] < 1 or not set(fields["parts"]) <= _PARTS:
         raise InvalidReply("records")
     return Prepared(**fields)
 
@@ -233,17 +234,24 @@ def update_record(update: Update) -> RecordDict:
 
 
 def read_update(
-    record: RecordDict, *, server_round: int, num_parameters: int, bound: float, weight: float | None
+    record: RecordDict,
+    *,
+    server_round: int,
+    num_parameters: int,
+    bound: float,
+    max_norm: float,
+    weight: float | None,
 ) -> Update:
     """Unpacks and validates a training reply.
 
     Args:
         bound: largest magnitude of an element that is believed.
+        max_norm: largest Euclidean norm that is believed.
         weight: the public weight the reply must carry; None where the site's exact count is the weight.
 
     Raises:
         InvalidReply: code ``records``, ``server_round``, ``weight``, ``shape``, ``dtype``,
-            ``non_finite`` or ``out_of_bound``.
+            ``non_finite``, ``out_of_bound`` or ``norm``.
     """
     arrays, metrics = _only(record, "update")
     if not {"server-round", "weight"} <= set(metrics) <= {"server-round", "weight", "train-loss"}:
@@ -256,6 +264,8 @@ def read_update(
     values = _decoded(arrays["update"], shape=(num_parameters,), dtype="float32")
     if np.abs(values).max(initial=0.0) > bound:
         raise InvalidReply("out_of_bound")
+    if math.sqrt(np.einsum("i,i", values, values, dtype=np.float64)) > max_norm:
+        raise InvalidReply("norm")
     loss = metrics.get("train-loss")
     return Update(
         server_round=server_round,

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from common.asked import Asked
 from common.errors import ConfigError
+from common.strategy import Strategy
 from common.unet import Unet
 from common.value import Name, NonNegative, Positive, Seconds, Value, canonical_json, first_problem
 
@@ -162,18 +163,6 @@ class Evaluation(Value):
     noise_multiplier: Annotated[float, Field(gt=0, le=1e6)] | None
 
 
-class FedAvg(Value):
-    """Federated averaging (McMahan et al. 2017) of updates with public weights."""
-
-    name: Literal["fedavg"]
-    weights: Literal["equal", "nominal", "examples"]
-    server_learning_rate: Positive
-    update_bound: Annotated[float, Field(gt=0, le=1024)]
-
-
-Strategy = FedAvg
-
-
 class Plan(Asked):
     """Everything the coordinator decides for a run, and what it asks of a case; the same at every site."""
 
@@ -198,6 +187,7 @@ class Plan(Asked):
     def _parts_fit_together(self) -> Self:
         if self.quorum > self.sites:
             raise ValueError(f"expected quorum <= sites, found {self.quorum} > {self.sites}")
+        self._quorum_is_enough_for_the_strategy()
         if self.strategy.weights == "examples" and self.privacy.mechanism != "none":
             raise ValueError("strategy.weights=examples would release exact counts; use equal or nominal")
         if self.privacy.mechanism == "none" and self.evaluation.noise_multiplier is not None:
@@ -208,6 +198,15 @@ class Plan(Asked):
             self._article_cnn_fits()
         self._model_fits_the_target()
         return self
+
+    def _quorum_is_enough_for_the_strategy(self) -> None:
+        least = self.strategy.least_updates
+        if self.quorum < least:
+            raise ValueError(
+                f"expected plan.quorum >= {least} with strategy={self.strategy.name} "
+                f"({self.strategy.condition}), "
+                f"found {self.quorum}; raise the quorum, or choose another strategy"
+            )
 
     def _model_fits_the_target(self) -> None:
         if (self.target == "mask") != isinstance(self.model, Unet):

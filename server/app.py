@@ -15,18 +15,20 @@ from safetensors.numpy import save
 
 from common import durable, model
 from common.errors import FeverfewError, QuorumNotReached
-from common.flower import limit_wait_for_content, shorten_backoff
+from common.flower import bound_messages, limit_wait_for_content, shorten_backoff
 from common.plan import Plan
 from common.trail import Trail
 from server import checkpoint
+from server.aggregation import strategy_of
 from server.checkpoint import RunState
 from server.heads import Heads
 from server.rounds import Released, Rounds
 from server.run_record import EVENTS, PLAN, End, RunRecord
 from server.story import Status, report_of
-from server.strategy import FedAvg
 from server.trail import signed
 
+MIN_REPLY_BYTES = 2**28
+"""What a reply may have in memory, at least: exact scores of ten million cases."""
 app = ServerApp()
 
 CONTENT_SECONDS = 5.0
@@ -46,6 +48,7 @@ def main(grid: Grid, context: Context) -> None:
         return
     record.directory.mkdir(parents=True, exist_ok=True)
     record.begin_life(context.run_id)
+    bound_messages(max(MIN_REPLY_BYTES, 12 * model.num_parameters(model.build(plan))))
     heads, key = Path(os.environ["FEVERFEW_HEADS_DIRECTORY"]), Path(os.environ["FEVERFEW_TRAIL_KEY"])
     with noted_end(record), signed(record.directory / EVENTS, run=run, key=key, heads=heads):
         coordinate(
@@ -105,11 +108,7 @@ def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Head
         grid,
         plan=plan,
         state=state,
-        strategy=lambda nodes: FedAvg(
-            nodes=nodes,
-            bound=plan.strategy.update_bound,
-            ttl_seconds=plan.reply_deadline_seconds + plan.grace_seconds,
-        ),
+        strategy=lambda nodes: strategy_of(plan, nodes=nodes),
         trail=trail,
         heads=heads,
         save=lambda state: checkpoint.save_state(checkpoints, state),

@@ -152,7 +152,7 @@ def _load(path: Path) -> RunState | None:
             for name, entry in tree["attendance"].items()
         }
         return RunState(parameters=parameters.astype(np.float32, copy=False), **tree)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
 
 

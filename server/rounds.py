@@ -24,7 +24,8 @@ from common.trail import Trail
 from server import approvals
 from server.checkpoint import Attendance, RoundRecord, RunState
 from server.heads import Heads, taken_from
-from server.mailbox import Mailbox
+from server.mailbox import NOT_READABLE, Mailbox
+from server.norm import largest_norm
 from server.roster import Roster
 
 
@@ -114,7 +115,8 @@ class Rounds:
         self._count_away()
         if len(valid) < plan.quorum or arrays is None or measures is None:
             raise QuorumNotReached(
-                f"Expected at least {plan.quorum} valid updates in round {server_round}, found "
+                f"Expected at least {plan.quorum} valid updates in round {server_round} for "
+                f"strategy={plan.strategy.name}, found "
                 f"{len(valid)} of {len(messages)} asked; {self._reasons()}. "
                 f"The model after round {server_round - 1} is kept."
             )
@@ -151,12 +153,16 @@ class Rounds:
             name = self._roster.name(node)
             try:
                 content = self._content(name, reply)
+                if name in valid:
+                    raise InvalidReply("second_reply")
+                site = self._roster.sites[name]
                 exchange.read_update(
                     content,
                     server_round=server_round,
                     num_parameters=len(self.state.parameters),
                     bound=self._plan.strategy.update_bound,
-                    weight=self._weight(self._roster.sites[name]),
+                    max_norm=self._max_norm(site),
+                    weight=self._weight(site),
                 )
             except InvalidReply as problem:
                 self._note(name, problem.code, server_round)
@@ -168,6 +174,13 @@ class Rounds:
             assert reply is not None
             yield reply
             del reply, content
+
+    def _max_norm(self, site: Prepared) -> float:
+        asked = self._plan.strategy.max_update_norm
+        possible = largest_norm(
+            self._plan, nominal_patients=site.nominal_patients, parameters=self.state.parameters
+        )
+        return possible if asked is None else min(asked, possible)
 
     def _weight(self, site: Prepared) -> float | None:
         """The public weight that a site's reply must carry; None where its exact count is the weight."""
@@ -319,6 +332,8 @@ def _content(reply: Message | None) -> RecordDict:
     if reply is None:
         raise InvalidReply("missing")
     if reply.has_error():
+        if reply.error.code == NOT_READABLE:
+            raise InvalidReply("unreadable")
         raise InvalidReply(f"error_{int(reply.error.code)}")
     exchange.require_accepted(reply.content)
     return reply.content

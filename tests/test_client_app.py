@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import sqlite3
 from contextlib import closing
@@ -61,12 +62,14 @@ def parameters_of(asked: Plan) -> model.FlatArray:
 
 
 def task_of(asked: Plan, purpose: Any = "train", **changes: Any) -> Task:
+    part = changes.get("part", "test" if purpose == "evaluate" else "")
+    is_last = part == "test" or purpose == "deliver"
     fields: dict[str, Any] = {
         "run": "run-1",
         "plan_hash": asked.hash,
-        "server_round": 1,
+        "server_round": asked.rounds if is_last else 1,
         "purpose": purpose,
-        "part": "test" if purpose == "evaluate" else "",
+        "part": part,
         "parameters": parameters_of(asked) if purpose != "prepare" else np.zeros(0, np.float32),
     }
     return Task(**(fields | changes))
@@ -98,14 +101,17 @@ def trained(site: Site, asked: Plan, task: Task | None = None, *, weight: float 
     record = answer(site, asked, task or task_of(asked))
     exchange.require_accepted(record)
     size = len(parameters_of(asked))
-    return exchange.read_update(record, server_round=1, num_parameters=size, bound=1e9, weight=weight)
+    return exchange.read_update(
+        record, server_round=1, num_parameters=size, bound=1e9, max_norm=math.inf, weight=weight
+    )
 
 
 def evaluated(site: Site, asked: Plan, *, exact: bool, part: str = "test") -> Scored:
-    record = answer(site, asked, task_of(asked, "evaluate", part=part))
+    task = task_of(asked, "evaluate", part=part)
+    record = answer(site, asked, task)
     exchange.require_accepted(record)
     expected = measure.arrays_of(asked.asked, bins=10, exact=exact)
-    return exchange.read_scored(record, server_round=1, part=part, expected=expected)
+    return exchange.read_scored(record, server_round=task.server_round, part=part, expected=expected)
 
 
 def prepared(site: Site, asked: Plan) -> Prepared:
@@ -177,8 +183,8 @@ def test_whole_run_fits_a_budget_of_its_target(site: Site) -> None:
         exchange.require_accepted(record)
     evaluated(site, asked, exact=False)
     assert len(charges(site)) == 5
-    later = task_of(asked, server_round=3)
-    assert refusal(site, asked, later) == "budget_exceeded"
+    again = task_of(asked, parameters=parameters_of(asked) * 2, server_round=2)
+    assert refusal(site, asked, again) == "budget_exceeded"
     assert len(charges(site)) == 5
 
 
@@ -301,11 +307,11 @@ def test_noised_histogram_is_all_that_private_data_send(site: Site) -> None:
 
 def test_exact_scores_are_sent_without_privacy_and_never_charged(site: Site) -> None:
     asked = open_plan()
+    trained(site, asked)
     scored = evaluated(site, asked, exact=True)
     part = open_cohort(site, asked=asked.asked).parts["test"]
     assert len(scored.arrays["scores"]) == len(part.targets)
     assert scored.arrays["weights"].sum() == pytest.approx(len(part.patients))
-    trained(site, asked)
     assert charges(site) == []
 
 
@@ -355,6 +361,36 @@ def test_wrong_tasks_are_refused_by_their_code_and_charge_nothing(tmp_path: Path
     for where, which, task, code in cases:
         assert refusal(where, which, task) == code
         assert charges(where) == []
+
+
+@pytest.mark.parametrize("purpose", ["prepare", "train", "evaluate", "deliver"])
+def test_a_task_that_comes_as_another_kind_of_message_is_refused(site: Site, purpose: str) -> None:
+    asked = private_plan()
+    for kind in {*TYPES} - {purpose}:
+        message = Message(exchange.task_record(task_of(asked, purpose)), 7, TYPES[kind])
+        reply = app(message, context(site, asked))
+        assert reply.content.config_records["refused"] == {"code": "malformed_task"}
+    assert charges(site) == []
+
+
+def test_tasks_out_of_order_are_refused_before_any_charge(site: Site) -> None:
+    asked = private_plan()
+    exchange.require_accepted(answer(site, asked, task_of(asked, server_round=2)))
+    assert refusal(site, asked, task_of(asked, server_round=1)) == "wrong_round"
+    assert refusal(site, asked, task_of(asked, server_round=3)) == "wrong_round"
+    assert refusal(site, asked, task_of(asked, "evaluate", server_round=1)) == "wrong_round"
+    assert refusal(site, asked, task_of(asked, "deliver", server_round=1)) == "wrong_round"
+    assert [row["server_round"] for row in charges(site)] == [2]
+
+
+def test_a_run_that_comes_with_another_plan_is_declined_and_refused(site: Site) -> None:
+    """Also where the server says in the run's settings that this is its plan."""
+    asked, other = private_plan(), private_plan(seed=1)
+    trained(site, asked)
+    told = prepared(site, other)
+    assert (told.status, told.reason) == ("declined", "other_plan")
+    assert refusal(site, other, task_of(other, server_round=2)) == "other_plan"
+    assert {row["plan_hash"] for row in charges(site)} == {asked.hash}
 
 
 def test_approved_plan_is_worked_on(tmp_path: Path) -> None:
