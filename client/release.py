@@ -25,7 +25,7 @@ from common.plan import Plan
 from common.privacy import Spend
 from common.trail import Trail
 
-PURPOSES: Final = {"train": "training", "evaluate": "evaluation"}
+PURPOSES: Final = {"train": "training", "evaluate": "evaluation", "landmarks": "landmarks"}
 """What a task asks for, in the words of the ledger."""
 
 
