@@ -113,8 +113,9 @@ class LandmarkRound(Rounds):
                 f"{len(messages)} asked; {self._reasons()}."
             )
         # by name: the sum of noised counts depends on the order of addition
-        noise = math.hypot(*(self._noise_std(name) for name in counts))
-        found = found_of(self._plan, [counts[name] for name in sorted(counts)], noise_std=noise)
+        names = sorted(counts)
+        noise = math.hypot(*(self._noise_std(name) for name in names))
+        found = found_of(self._plan, [counts[name] for name in names], noise_std=noise)
         record = RoundRecord(
             server_round=1,
             seconds=time.monotonic() - start,
