@@ -41,6 +41,12 @@ def evaluate(message: Message, context: Context) -> Message:
     return _answer(message, context, "evaluate", _evaluate)
 
 
+@app.query("landmarks")  # type: ignore[untyped-decorator]
+def landmarks(message: Message, context: Context) -> Message:
+    """Measures landmarks of intensity; charged before it begins, stored before it is sent."""
+    return _answer(message, context, "landmarks", _landmarks)
+
+
 @app.query("deliver")  # type: ignore[untyped-decorator]
 def deliver(message: Message, context: Context) -> Message:
     """Keeps the final model."""
@@ -57,6 +63,10 @@ def _train(site: Site, plan: Plan, task: exchange.Task) -> RecordDict:
 
 def _evaluate(site: Site, plan: Plan, task: exchange.Task) -> RecordDict:
     return exchange.scored_record(work.evaluate(site, plan, task, network=_network(plan.to_json())))
+
+
+def _landmarks(site: Site, plan: Plan, task: exchange.Task) -> RecordDict:
+    return exchange.scored_record(work.landmarks(site, plan, task))
 
 
 def _deliver(site: Site, plan: Plan, task: exchange.Task) -> RecordDict:

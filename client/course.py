@@ -18,8 +18,14 @@ from common.exchange import Task
 from common.plan import Plan
 
 SECONDS_TO_LOCK: Final = 60
-PHASES: Final = {("train", ""): 0, ("evaluate", "validation"): 1, ("evaluate", "test"): 2, ("deliver", ""): 3}
-"""The order of tasks within a round, by purpose and part."""
+PHASES: Final = {
+    ("train", ""): 0,
+    ("landmarks", ""): 0,
+    ("evaluate", "validation"): 1,
+    ("evaluate", "test"): 2,
+    ("deliver", ""): 3,
+}
+"""The order of tasks within a round, by purpose and part. A plan is about training or about landmarks."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS asked (
     run TEXT NOT NULL, plan_hash TEXT NOT NULL, server_round INTEGER NOT NULL, phase INTEGER NOT NULL,

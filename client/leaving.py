@@ -34,8 +34,9 @@ def leaving(site: Site, plan: Plan) -> list[Leaving]:
     messages = ["prepare", "deliver"]
     fields = [*_PREPARE]
     if site.settings.role == "training":
-        fields += _training(plan)
-        messages.insert(1, "train")
+        kind = "train" if plan.landmarks is None else "landmarks"
+        fields += _training(plan) if plan.landmarks is None else _landmarks(plan)
+        messages.insert(1, kind)
     if evaluated := list(_evaluation(site, plan)):
         fields += evaluated
         messages.insert(-1, "evaluate")
@@ -57,6 +58,13 @@ def _training(plan: Plan) -> Iterator[Leaving]:
     is_exact = isinstance(plan.privacy, NoPrivacy)
     for field, what, mechanism in _TRAIN:
         yield _leaving("train", field, what, "none" if is_exact and mechanism != CONSTANT else mechanism)
+
+
+def _landmarks(plan: Plan) -> Iterator[Leaving]:
+    what = "for each of m landmarks, how many patients have it in which bin; exact with `privacy=none`"
+    mechanism = "none" if isinstance(plan.privacy, NoPrivacy) else GAUSSIAN
+    yield _leaving("landmarks", "arrays.landmarks", what, mechanism)
+    yield _leaving("landmarks", "metrics.server-round", "echo of the task", CONSTANT)
 
 
 def _evaluation(site: Site, plan: Plan) -> Iterator[Leaving]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from flwr.app import ArrayRecord, RecordDict
 from rich.console import Console
 from rich.table import Table
@@ -129,7 +130,11 @@ def _messages(site: Site, plan: Plan) -> tuple[Prepared, list[tuple[str, RecordD
     )
     prepared = work.prepare(site, plan, task)
     records = [("prepare", exchange.prepared_record(prepared))]
-    if prepared.status == "approved":
+    if prepared.status == "approved" and plan.landmarks is not None:
+        asked = replace(task, purpose="landmarks", parameters=np.zeros(0, np.float32))
+        if site.settings.role == "training":
+            records.append(("landmarks", exchange.scored_record(work.landmarks(site, plan, asked))))
+    elif prepared.status == "approved":
         if site.settings.role == "training":
             update = work.train(site, plan, task, network=network)
             records.append(("train", exchange.update_record(update)))

@@ -24,7 +24,7 @@ from common.exchange import Task
 from common.plan import Plan
 from common.privacy import Spend
 
-PURPOSES: Final = {"train": "training", "evaluate": "evaluation"}
+PURPOSES: Final = {"train": "training", "evaluate": "evaluation", "landmarks": "landmarks"}
 """What a task asks for, in the words of the ledger."""
 
 

@@ -18,6 +18,7 @@ from client import (
     approval,
     course,
     evaluation,
+    intensities,
     quarantine,
     release,
     trail,
@@ -88,8 +89,7 @@ def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
     Raises:
         Refusal: not approved, over budget, wrong parameters, wrong round, or an evaluation site.
     """
-    if site.settings.role != "training":
-        raise Refusal("evaluation_only")
+    _require_training(site, plan, asks_for_landmarks=False)
     approval.require(site, plan)
     chosen = _mechanism(site, plan)
     cohort = _cohort(site, plan)
@@ -129,6 +129,8 @@ def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Score
     """
     if task.part not in ("validation", "test") or task.part not in site.settings.split.parts:
         raise Refusal("no_such_part")
+    if plan.landmarks is not None:
+        raise Refusal("not_in_plan")
     approval.require(site, plan)
     cohort = _cohort(site, plan)
     part = cohort.parts[task.part]
@@ -156,6 +158,40 @@ def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Score
     course.enter(site, plan, task)
     reply = release.once(site, plan, task, part=task.part, spend=spend, work=work)
     return Scored(server_round=task.server_round, part=task.part, arrays=reply.arrays)
+
+
+def landmarks(site: Site, plan: Plan, task: Task) -> Scored:
+    """Counts the training part's patients by landmark of intensity: noised, or exact without privacy.
+
+    Raises:
+        Refusal: not approved, over budget, an evaluation site, or a plan that does not ask for it.
+    """
+    _require_training(site, plan, asks_for_landmarks=True)
+    assert plan.landmarks is not None
+    approval.require(site, plan)
+    wanted, cohort, chosen = plan.landmarks, _cohort(site, plan), _mechanism(site, plan)
+    is_exact = isinstance(plan.privacy, NoPrivacy)
+
+    def work() -> Reply:
+        _note_use(site, task.run, plan.hash, "train", cohort)
+        counts = intensities.histograms(cohort.parts["train"], plan.preprocessing, wanted=wanted)
+        if not is_exact:
+            noise = _key(site, plan, task).stream("landmarks")
+            counts = intensities.noised(counts, noise_multiplier=chosen.noise_multiplier, noise=noise)
+        return Reply(arrays={"landmarks": counts}, fields={})
+
+    spend = None if is_exact else chosen.training(1)
+    course.enter(site, plan, task)
+    reply = release.once(site, plan, task, part="train", spend=spend, work=work)
+    return Scored(server_round=task.server_round, part="train", arrays=reply.arrays)
+
+
+def _require_training(site: Site, plan: Plan, *, asks_for_landmarks: bool) -> None:
+    """Checks that the site's training part may be used, and for what the plan is about."""
+    if site.settings.role != "training":
+        raise Refusal("evaluation_only")
+    if (plan.landmarks is not None) != asks_for_landmarks:
+        raise Refusal("not_in_plan")
 
 
 def keep_model(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from common import measure
+from common import landmarks, measure
 from common.errors import PrivacyTargetError
 from common.plan import DpSgd, Plan
 from common.privacy import WHOLE_ORDERS, Spend, epsilon, gaussian_delta, merged, rdp_bound
@@ -172,7 +172,12 @@ class Mechanism:
 
 
 def sample_rate(plan: Plan, *, nominal_patients: int) -> float:
-    """Returns q = min(1, B / nominal); never a function of the true number of patients."""
+    """Returns q = min(1, B / nominal); never a function of the true number of patients.
+
+    Of landmarks every patient takes part.
+    """
+    if plan.landmarks is not None:
+        return 1.0
     return min(1.0, plan.training.expected_batch / nominal_patients)
 
 
@@ -232,6 +237,13 @@ def measure_noise_std(plan: Plan, *, nominal_patients: int, part: str) -> float:
     """
     multipliers = evaluation_noise_multipliers(plan, nominal_patients=nominal_patients)
     return multipliers[part] * measure.l2_sensitivity(plan.asked)
+
+
+def landmark_noise_std(plan: Plan, *, nominal_patients: int) -> float:
+    """Returns the standard deviation of the noise in each count of landmarks, as ``measure_noise_std``."""
+    assert plan.landmarks is not None
+    multiplier = mechanism(plan, nominal_patients=nominal_patients).noise_multiplier
+    return multiplier * landmarks.l2_sensitivity(len(plan.landmarks.percentiles))
 
 
 def run_spends(plan: Plan, *, nominal_patients: int, parts: Iterable[str]) -> dict[str, tuple[Spend, ...]]:

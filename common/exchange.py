@@ -26,9 +26,10 @@ from common.measure import ANY, ArrayKind
 from common.model import FlatArray
 
 PREPARE, TRAIN, EVALUATE, DELIVER = "query.prepare", "train", "evaluate", "query.deliver"
+LANDMARKS = "query.landmarks"
 
 FloatArray = np.ndarray[Any, np.dtype[Any]]
-Purpose = Literal["prepare", "train", "evaluate", "deliver"]
+Purpose = Literal["prepare", "train", "evaluate", "landmarks", "deliver"]
 STATUSES = frozenset(("approved", "waiting", "declined", "incompatible"))
 
 
@@ -37,8 +38,8 @@ class Task:
     """What the server asks a site in one message.
 
     ``server_round`` is 0 for prepare. ``part`` is "validation" or "test" for evaluate, else "".
-    ``parameters``: float32, (num_parameters,), or empty for prepare. ``head``: what the coordinator
-    remembers of this site's ledger; for prepare only, and no part of the task's identity.
+    ``parameters``: float32, (num_parameters,), or empty for prepare and landmarks. ``head``: what the
+    coordinator remembers of this site's ledger; for prepare only, and no part of the task's identity.
     """
 
     run: str
@@ -88,8 +89,12 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A site's evaluation: the arrays that ``common.measure.arrays_of`` names, noised as
-    ``common.calibration.measure_noise_std`` says or, without privacy or for public data, exact."""
+    """Counts and scores of a part of a site's cohort, noised or, without privacy or for public data, exact.
+
+    Of an evaluation the arrays that ``common.measure.arrays_of`` names, noised as
+    ``common.calibration.measure_noise_std`` says. Of landmarks one, of ``landmarks``: float64, (landmarks,
+    bins), noised as ``common.calibration.landmark_noise_std`` says.
+    """
 
     server_round: int
     part: str

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from safetensors.numpy import save
@@ -22,6 +23,7 @@ from server import checkpoint
 from server.aggregation import strategy_of
 from server.checkpoint import RunState
 from server.heads import Heads
+from server.landmarks import OVERRIDE_NAME, Found, LandmarkRound
 from server.rounds import Released, Rounds
 from server.run_record import EVENTS, PLAN, End, RunRecord
 from server.story import Status, report_of
@@ -104,7 +106,8 @@ def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Head
     checkpoints = directory / "checkpoints"
     state = checkpoint.latest(checkpoints, run=run, plan_hash=plan.hash) or _first(plan, run=run)
     trail.record("run_started", run=run, plan_hash=plan.hash, rounds=plan.rounds, round=state.server_round)
-    rounds = Rounds(
+    kind = Rounds if plan.landmarks is None else LandmarkRound
+    rounds = kind(
         grid,
         plan=plan,
         state=state,
@@ -115,20 +118,27 @@ def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Head
     )
     status: Status = "failed"
     released = Released(statistics={}, noise_std={})
+    landmarks: Found | None = None
     try:
-        released = rounds.run()
+        if isinstance(rounds, LandmarkRound):
+            landmarks = rounds.find()
+            durable.write(directory / OVERRIDE_NAME, f"{landmarks.override}\n".encode())
+        else:
+            released = rounds.run()
         status = "completed"
     except QuorumNotReached as error:
         status = "quorum_not_reached"
         trail.record("quorum_not_reached", message=str(error))
         raise
     finally:
-        named = model.named_arrays(model.build(plan), rounds.state.parameters)
-        durable.write(directory / "model.safetensors", save(named))
+        if plan.landmarks is None:
+            named = model.named_arrays(model.build(plan), rounds.state.parameters)
+            durable.write(directory / "model.safetensors", save(named))
         report = report_of(
             rounds.state,
             plan=plan,
             released=released,
+            landmarks=landmarks,
             status=status,
             engine=engine,
             restarts=Counter(event["process"] for event in trail.events() if event["event"] == "restarted"),
@@ -137,11 +147,15 @@ def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Head
         trail.record("run_finished" if status == "completed" else "run_failed", status=status)
 
 
+_NOTHING = np.zeros(0, dtype=np.float32)
+"""The parameters of a run that has no model."""
+
+
 def _first(plan: Plan, *, run: str) -> RunState:
     return RunState(
         run=run,
         plan_hash=plan.hash,
         server_round=0,
-        parameters=model.flatten(model.build(plan)),
+        parameters=_NOTHING if plan.landmarks else model.flatten(model.build(plan)),
         started=datetime.now(UTC).isoformat(timespec="milliseconds"),
     )

@@ -100,6 +100,20 @@ class Participation(Part):
     reasons: dict[str, int] | None = None
 
 
+class LandmarkResult(Part):
+    """What was found of the intensities of all sites, for the step ``landmarks`` of a later plan.
+
+    ``uncertainty``: what noise adds to the place of a median, as a standard deviation in fractions of the
+    patients. ``override`` is that plan's preprocessing.
+    """
+
+    percentiles: tuple[float, ...]
+    values: tuple[float, ...]
+    uncertainty: float
+    sites: int
+    override: str
+
+
 class Timing(Part):
     """Where the time went. ``training_seconds`` counts the time in which at least one site trained."""
 
@@ -129,6 +143,7 @@ class Report(Part):
     timing: Timing
     restarts: dict[str, int]
     plan: dict[str, Any]
+    landmarks: LandmarkResult | None = None
     notes: tuple[str, ...]
 
     def to_json(self) -> str:
@@ -153,6 +168,11 @@ class Report(Part):
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, ValidationError) as error:
             raise StateError(f"Expected a report in {path}, found {type(error).__name__}: {error}") from error
+
+    @property
+    def asks_for_landmarks(self) -> bool:
+        """Says whether the run trained nothing and asked for landmarks of intensity instead."""
+        return self.plan.get("landmarks") is not None
 
     @property
     def headline(self) -> Headline:

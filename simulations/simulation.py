@@ -26,6 +26,7 @@ from common.measure import Exact
 from common.metrics import Scores
 from common.plan import Plan
 from common.trail import read
+from server.landmarks import OVERRIDE_NAME
 from server.progress import Progress
 from server.report import Report
 from server.summary import summary_table
@@ -94,6 +95,8 @@ def show(report: Report, *, directory: Path) -> None:
     """Prints the closing table and where the files are."""
     console = Console()
     console.print(summary_table(report))
+    if report.landmarks is not None:
+        console.print(f"harmonised: {directory / OVERRIDE_NAME}", highlight=False, soft_wrap=True)
     console.print(f"report: {directory / 'report.html'}", highlight=False, soft_wrap=True)
 
 

@@ -34,6 +34,7 @@ from common.plan import Plan
 from common.privacy import Spend, epsilon
 from tests import plans
 from tests.sites import write_site
+from tests.test_common_landmarks import ASKED
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -69,11 +70,12 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
     west = write_site(directory / "west", name="west", masks=True, unsafe_allow_no_privacy=True)
     quick = {"preprocessing": "grey28", "training__local_steps": 1, "training__expected_batch": 4}
     private, exact = plans.plan(**quick), plans.plan(**quick, privacy="none")
+    landmarks = plans.plan(**ASKED, preprocessing="grey28")
     drawn = {**quick, "target": "mask", "classes": ("background", "square"), "model": "unet"}
     masks, exact_masks = plans.plan(**drawn), plans.plan(**drawn, privacy="none")
     found = set()
     for site, plan in (
-        *((north, private), (north, exact), (east, private)),
+        *((north, private), (north, exact), (east, private), (north, landmarks)),
         *((west, masks), (west, exact_masks)),
     ):
         rehearsed = rehearsal.rehearse(site, plan)
