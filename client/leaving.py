@@ -31,16 +31,17 @@ class Leaving:
 
 def leaving(site: Site, plan: Plan) -> list[Leaving]:
     """Returns all fields that would leave this site under a plan."""
-    messages = ["prepare", "deliver"]
+    messages = ["prepare"]
     fields = [*_PREPARE]
     if site.settings.role == "training":
-        kind = "train" if plan.landmarks is None else "landmarks"
         fields += _training(plan) if plan.landmarks is None else _landmarks(plan)
-        messages.insert(1, kind)
+        messages.append("train" if plan.landmarks is None else "landmarks")
     if evaluated := list(_evaluation(site, plan)):
         fields += evaluated
-        messages.insert(-1, "evaluate")
-    fields += _DELIVER
+        messages.append("evaluate")
+    if plan.landmarks is None:
+        fields += _DELIVER
+        messages.append("deliver")
     fields += [_leaving(message, *row) for message in messages for row in _LEDGER]
     return [*fields, *_WITHOUT_WORK]
 
