@@ -98,10 +98,17 @@ REMEDIES: Mapping[str, str] = {
 NOT_BROKEN = ("withdrawn", "unknown_label")
 """Nothing bad of the data: a patient's own wish, and a label that one plan does not ask for."""
 
+BY_PLAN = (
+    *("bad_value", "three_dimensional", "two_dimensional", "bad_mask"),
+    *("no_contrast", "no_spacing", "no_foreground", "too_large"),
+)
+"""What a plan's wishes can bring about. ``too_many_unusable`` leaves without a charge: whoever writes plans
+must not be able to ask with it how many cases are of some size or value."""
+
 
 def fraction(reasons: Mapping[str, int], *, offered: int) -> float:
-    """Returns the part of the offered cases that is unusable; those that are not broken count nowhere."""
-    aside = sum(reasons.get(code, 0) for code in NOT_BROKEN)
+    """Returns the part of the offered cases that is broken, whatever a plan asks; others count nowhere."""
+    aside = sum(reasons.get(code, 0) for code in (*NOT_BROKEN, *BY_PLAN))
     return (sum(reasons.values()) - aside) / max(1, offered - aside)
 
 

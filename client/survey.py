@@ -7,18 +7,16 @@ files. It only spares time: damaged or deleted, it is made anew.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from client import content, files, sight
+from client import content, crew, files, sight
 from client.case import Case
 from client.sight import Sight
 from client.site import Site
@@ -102,10 +100,8 @@ def _looked(cases: Sequence[Case], *, directory: Path) -> Iterator[Seen]:
     if processes == 1 or len(cases) <= FEW:
         yield from itertools.chain.from_iterable(map(look, _chunks(cases)))
         return
-    # The server that forks them starts as a fresh interpreter: ours has threads.
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        yield from itertools.chain.from_iterable(pool.map(look, _chunks(cases)))
+    for seen in crew.done(look, _chunks(cases), processes=processes):
+        yield from seen
 
 
 def _chunks(cases: Sequence[Case]) -> Iterable[list[Case]]:

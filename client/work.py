@@ -211,7 +211,7 @@ def _cohort(site: Site, plan: Plan) -> Cohort:
     return _opened(site, plan.asked, stamp, withdrawal.stamp(site))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1)  # an opened cohort keeps its store on disk, and some hundred bytes a case in memory
 def _opened(site: Site, asked: Asked, frozen: int, withdrawn: withdrawal.Stamp) -> Cohort:
     cohort = open_cohort(site, asked=asked)
     most = site.settings.rules.max_quarantined_fraction

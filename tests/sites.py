@@ -16,6 +16,7 @@ from client.site import Site, open_site
 from common import keys
 
 CLASSES = ("normal", "opacity")
+RULES: dict[str, Any] = yaml.safe_load(skeleton.settings_text(name="north", nominal_patients=1))["rules"]
 
 
 def write_site(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import sqlite3
 from collections.abc import Iterable
@@ -81,8 +82,8 @@ def quarantined(site: Site) -> dict[str, str]:
         return {row["image"]: row["code"] for row in csv.DictReader(stream)}
 
 
-def prepared(site: Site) -> tuple[str, str]:
-    wanted = plan(privacy="none")
+def prepared(site: Site, **changes: Any) -> tuple[str, str]:
+    wanted = plan(privacy="none", **changes)
     changed = open_site(site.directory)
     told = work.prepare(
         changed,
@@ -385,6 +386,31 @@ def test_more_unusable_cases_than_the_hospital_states_stop_it(tmp_path: Path) ->
     assert prepared(site) == ("declined", "too_many_unusable")
     site = make_site(tmp_path, rows, max_quarantined_fraction=0.25, **free)
     assert checked(site).ok and prepared(site) == ("approved", "")
+
+
+def test_what_only_a_plan_makes_unusable_is_no_answer_to_it(tmp_path: Path) -> None:
+    """Else a coordinator could ask, plan by plan and without a charge, how many cases are of some kind."""
+    rows = many(tmp_path, num=20)
+    free: dict[str, Any] = {"approve": "all", "unsafe_allow_no_privacy": True}
+    site = make_site(tmp_path, rows, max_quarantined_fraction=0.01, **free)
+    assert prepared(site, preprocessing__size=(8, 8, 8)) == ("approved", "")
+    with (site.private / "quarantine.csv").open() as stream:
+        assert {row["code"] for row in csv.DictReader(stream)} == {"two_dimensional"}
+
+
+def test_only_the_cohort_of_the_last_plan_is_kept_open(tmp_path: Path) -> None:
+    """An open cohort keeps its store on disk after its removal, and some hundred bytes a case in memory."""
+    free: dict[str, Any] = {"approve": "all", "unsafe_allow_no_privacy": True}
+    site = make_site(tmp_path, many(tmp_path, num=20), **free)
+    for size in (8, 9, 10):
+        assert prepared(site, preprocessing__size=(size, size)) == ("approved", "")
+    gc.collect()
+    mapped = {line.split("/cache/")[1][:32] for line in maps() if "/cache/" in line and str(tmp_path) in line}
+    assert len(mapped) == 1
+
+
+def maps() -> list[str]:
+    return Path("/proc/self/maps").read_text().splitlines()
 
 
 def test_a_survey_is_kept_and_a_changed_file_is_looked_at_again(tmp_path: Path) -> None:
