@@ -55,6 +55,7 @@ REMEDIES: Mapping[str, str] = {
     "truncated": "the file is cut off; copy or export it again",
     "excess_pixels": "the file holds more pixels than its header says; copy or export it again",
     "unreadable": "the file is damaged; export it again",
+    "out_of_memory": "no memory was left for it when it was checked; free some, and check again",
     "too_slow": "decoding does not end; export it again uncompressed",
     # DICOM
     "no_pixel_data": "a DICOM header without an image; retrieve the study again",

@@ -22,7 +22,7 @@ from client.sight import Sight
 from client.site import Site
 from common.errors import UnusableCase
 
-FORMAT = 1  # changes with whatever a sight is made of
+FORMAT = 2  # changes with whatever a sight is made of
 CHUNK = 64
 FEW = 256  # cases, for which it is not worth while to start processes
 MOST_PROCESSES = 8
@@ -117,6 +117,8 @@ def _of(case: Case, *, directory: Path) -> Sight | str:
         return sight.look(case, directory=directory)
     except UnusableCase as error:
         return error.code
+    except MemoryError:  # the others can be looked at; and this one the next time, since codes are not kept
+        return "out_of_memory"
 
 
 def _before(case: Case, *, kept: sqlite3.Connection, directory: Path) -> Sight | None:

@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 from safetensors.numpy import save
 from torch import nn
 
-from client import approval, evaluation, quarantine, release, training, usage, withdrawal
+from client import approval, evaluation, quarantine, release, tally, training, usage, withdrawal
 from client.cohort import Cohort, Part, open_cohort
 from client.files import private_directory
 from client.noise import Key, secure_key, seeded_key
@@ -42,7 +43,7 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
     try:
         approval.require(site, plan)
         _require_ledger(site, plan, task)
-        _cohort(site, plan)
+        _open(site, plan)
     except Refusal as refusal:
         logger.info("declined: %s", refusal)
         reason = refusal.code
@@ -74,11 +75,11 @@ def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
         raise Refusal("evaluation_only")
     approval.require(site, plan)
     chosen = _mechanism(site, plan)
-    cohort = _cohort(site, plan)
-    part = cohort.parts["train"]
+    opened = _open(site, plan)
+    part = opened.cohort.parts["train"]
 
     def work() -> Reply:
-        _note_use(site, task.run, plan.hash, "train", cohort)
+        _note_use(site, task.run, plan.hash, "train", opened)
         model.load(network, task.parameters)
         key = _key(site, plan, task)
         with _progress(site, plan, task) as on_step:
@@ -110,13 +111,13 @@ def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Score
     if task.part not in ("validation", "test") or task.part not in site.settings.split.parts:
         raise Refusal("no_such_part")
     approval.require(site, plan)
-    cohort = _cohort(site, plan)
-    part = cohort.parts[task.part]
+    opened = _open(site, plan)
+    part = opened.cohort.parts[task.part]
     is_exact = sends_exact_scores(plan, data=site.settings.data)
     chosen = _mechanism(site, plan)
 
     def work() -> Reply:
-        _note_use(site, task.run, plan.hash, task.part, cohort)
+        _note_use(site, task.run, plan.hash, task.part, opened)
         model.load(network, task.parameters)
         exact = evaluation.exact(network, part, asked=plan.asked)
         _keep_scores(site, task, exact)
@@ -204,26 +205,51 @@ def _weight(site: Site, plan: Plan, part: Part) -> float:
             return float(max(1, len(part.patients)))
 
 
-def _cohort(site: Site, plan: Plan) -> Cohort:
-    """Returns the cohort as it is now: a new freeze and a withdrawal hold from the next task on."""
-    frozen = site.private / "cohort.json"
-    stamp = frozen.stat().st_mtime_ns if frozen.exists() else 0
-    return _opened(site, plan.asked, stamp, withdrawal.stamp(site))
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """An open cohort, and which uses of it (run, plan, part) were written down."""
+
+    cohort: Cohort
+    noted: set[tuple[str, str, str]] = field(default_factory=set)
 
 
-@lru_cache(maxsize=1)  # an opened cohort keeps its store on disk, and some hundred bytes a case in memory
-def _opened(site: Site, asked: Asked, frozen: int, withdrawn: withdrawal.Stamp) -> Cohort:
+def _open(site: Site, plan: Plan) -> _Opened:
+    """Returns the cohort as it is now: a new freeze and a withdrawal hold from the next task on.
+
+    Of each site only the last is kept open: it holds its store on disk, and some hundred bytes a case in
+    memory.
+    """
+    listed = site.private / "cohort.json"
+    frozen_at = listed.stat().st_mtime_ns if listed.exists() else 0
+    wanted = (site, plan.asked, frozen_at, withdrawal.stamp(site))
+    last = _last(site.directory)
+    if wanted not in last:
+        last.clear()
+        last[wanted] = _newly_opened(site, plan.asked)
+    return last[wanted]
+
+
+@lru_cache(maxsize=64)  # a hospital has one site; a worker of a simulation has several
+def _last(directory: Path) -> dict[tuple[Site, Asked, int, withdrawal.Stamp], _Opened]:
+    return {}
+
+
+def _newly_opened(site: Site, asked: Asked) -> _Opened:
     cohort = open_cohort(site, asked=asked)
     most = site.settings.rules.max_quarantined_fraction
     quarantine.require_few(cohort.reasons, offered=cohort.offered, most=most)
-    return cohort
+    return _Opened(cohort=cohort)
 
 
-@lru_cache(maxsize=64)
-def _note_use(site: Site, run: str, plan_hash: str, part: str, cohort: Cohort) -> None:
+def _note_use(site: Site, run: str, plan_hash: str, part: str, opened: _Opened) -> None:
     """Writes down, once for a run, part and cohort, whose cases a task is about to use."""
+    if (run, plan_hash, part) in opened.noted:
+        return
+    cohort = opened.cohort
     cases = cohort.sources[part]
     usage.record(site, run=run, plan_hash=plan_hash, part=part, cohort_version=cohort.version, cases=cases)
+    tally.record(site, run=run, plan_hash=plan_hash, cohort=cohort)
+    opened.noted.add((run, plan_hash, part))
 
 
 def _keep_scores(site: Site, task: Task, exact: Exact) -> None:

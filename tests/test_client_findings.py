@@ -17,7 +17,8 @@ from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from client import findings, frozen, lettering, rules, skeleton, split, survey, work
+from client import findings, frozen, lettering, rules, sight, skeleton, split, survey, work
+from client.case import Case
 from client.check import Findings, check
 from client.cohort import open_cohort
 from client.findings import Finding
@@ -441,3 +442,30 @@ def test_several_processes_see_what_one_does(tmp_path: Path, monkeypatch: pytest
 def pixels(seen: Sight | str) -> str:
     assert isinstance(seen, Sight)
     return seen.pixels
+
+
+def test_paths_are_no_names_of_patients_that_could_be_alike(tmp_path: Path) -> None:
+    for name in ("a-01.png", "A 1.png"):
+        write(tmp_path / name, picture(len(name)))
+    rows = [("a-01.png", "normal", "x"), ("A 1.png", "normal", "y")]
+    site = make_site(tmp_path, rows, patient_is="case")
+    assert "similar_patients" not in {one.code for one in checked(site).found}
+
+
+def test_case_for_which_no_memory_is_left_does_not_end_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site(tmp_path, many(tmp_path))
+    look = sight.look
+
+    def hungry(case: Case, *, directory: Path) -> Sight:
+        if case.image == "i3.png":
+            raise MemoryError
+        return look(case, directory=directory)
+
+    monkeypatch.setattr(sight, "look", hungry)
+    cases, _ = frozen.accepted(frozen.listed_rows(site))
+    first = survey.survey(site, cases=cases)
+    assert first["i3.png"] == "out_of_memory" and len(first) == len(cases)
+    monkeypatch.undo()
+    assert isinstance(survey.survey(site, cases=cases)["i3.png"], Sight), "it is looked at again"
