@@ -111,9 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     ledger.set_defaults(verb=_ledger)
 
-    used = verbs.add_parser("used", help="say which runs used the cases of a patient")
+    used = verbs.add_parser("used", help="say which runs used the cases of a patient, or what a run used")
     used.add_argument("directory", type=Path)
-    used.add_argument("patient", help=PATIENT)
+    who = used.add_mutually_exclusive_group(required=True)
+    who.add_argument("patient", nargs="?", help=PATIENT)
+    who.add_argument("--run", help="instead of a patient: how many cases this run was offered and used")
     used.add_argument("--json", action="store_true", help="print JSON instead of tables")
     used.set_defaults(verb=_used)
 
@@ -265,9 +267,12 @@ def _ledger(arguments: argparse.Namespace) -> int:
 
 
 def _used(arguments: argparse.Namespace) -> int:
-    from client import patient  # see _check
+    from client import patient, tally  # see _check
 
-    return patient.report(open_site(arguments.directory), _patient(arguments), as_json=arguments.json)
+    site = open_site(arguments.directory)
+    if arguments.run is not None:
+        return tally.report(site, arguments.run, as_json=arguments.json)
+    return patient.report(site, _patient(arguments), as_json=arguments.json)
 
 
 def _withdraw(arguments: argparse.Namespace) -> int:

@@ -85,7 +85,8 @@ _PREPARE: Final = [
         (
             "status",
             "approved, waiting, declined or incompatible",
-            "decided by plan, settings, approval and ledger",
+            "decided by plan, settings, approval and ledger; declined also where the frozen cohort cannot be "
+            "used",
         ),
         ("reason", "a code of the table below, empty when approved", "the same"),
         ("role", "training or evaluation", CONSTANT),

@@ -55,9 +55,10 @@ class Rehearsal:
 def rehearse(site: Site, plan: Plan) -> Rehearsal:
     """Runs one round and one evaluation of every part on a copy of the site's state.
 
-    Guarantee: nothing is sent, nothing is charged, and the site's own state is not changed. The updates
-    that are shown are drawn with fresh noise; who sees this page sees the hospital's data as the
-    coordinator would, so it stays at the hospital.
+    Guarantee: nothing is sent and nothing is charged: ledger, replies, trail and the records of runs are
+    copies. What any look at the data makes anew is made: the cache, ``private/quarantine.csv``, and the
+    frozen list of a site that has none yet. The updates that are shown are drawn with fresh noise; who sees
+    this page sees the hospital's data as the coordinator would, so it stays at the hospital.
     """
     with tempfile.TemporaryDirectory(prefix="feverfew-rehearsal-") as place:
         rehearsed = _on_a_copy(site, Path(place))

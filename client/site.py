@@ -55,6 +55,7 @@ class SiteSettings(Value):
     role: Literal["training", "evaluation"]
     data: Literal["private", "public"]
     nominal_patients: Annotated[int, Field(ge=1, le=10_000_000)]
+    nominal_cases_per_patient: Annotated[float, Field(ge=1, le=10_000)]
     cases: Listing
     pacs: Pacs | None
     patient_is: PatientIs

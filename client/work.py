@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from client import (
     intensities,
     quarantine,
     release,
+    tally,
     trail,
     training,
     usage,
@@ -54,7 +56,7 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
         approval.require(site, plan)
         course.require_plan(site, plan, run=task.run)
         _require_ledger(site, plan, task)
-        _cohort(site, plan)
+        _open(site, plan)
     except Refusal as refusal:
         logger.info("declined: %s", refusal)
         reason = refusal.code
@@ -92,11 +94,11 @@ def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
     _require_training(site, plan, asks_for_landmarks=False)
     approval.require(site, plan)
     chosen = _mechanism(site, plan)
-    cohort = _cohort(site, plan)
-    part = cohort.parts["train"]
+    opened = _open(site, plan)
+    part = opened.cohort.parts["train"]
 
     def work() -> Reply:
-        _note_use(site, task.run, plan.hash, "train", cohort)
+        _note_use(site, task.run, plan.hash, "train", opened)
         model.load(network, task.parameters)
         key = _key(site, plan, task)
         with _progress(site, plan, task) as on_step:
@@ -132,13 +134,13 @@ def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Score
     if plan.landmarks is not None:
         raise Refusal("not_in_plan")
     approval.require(site, plan)
-    cohort = _cohort(site, plan)
-    part = cohort.parts[task.part]
+    opened = _open(site, plan)
+    part = opened.cohort.parts[task.part]
     is_exact = sends_exact_scores(plan, data=site.settings.data)
     chosen = _mechanism(site, plan)
 
     def work() -> Reply:
-        _note_use(site, task.run, plan.hash, task.part, cohort)
+        _note_use(site, task.run, plan.hash, task.part, opened)
         model.load(network, task.parameters)
         exact = evaluation.exact(network, part, asked=plan.asked)
         _keep_scores(site, task, exact)
@@ -169,12 +171,12 @@ def landmarks(site: Site, plan: Plan, task: Task) -> Scored:
     _require_training(site, plan, asks_for_landmarks=True)
     assert plan.landmarks is not None
     approval.require(site, plan)
-    wanted, cohort, chosen = plan.landmarks, _cohort(site, plan), _mechanism(site, plan)
+    wanted, opened, chosen = plan.landmarks, _open(site, plan), _mechanism(site, plan)
     is_exact = isinstance(plan.privacy, NoPrivacy)
 
     def work() -> Reply:
-        _note_use(site, task.run, plan.hash, "train", cohort)
-        counts = intensities.histograms(cohort.parts["train"], plan.preprocessing, wanted=wanted)
+        _note_use(site, task.run, plan.hash, "train", opened)
+        counts = intensities.histograms(opened.cohort.parts["train"], plan.preprocessing, wanted=wanted)
         if not is_exact:
             noise = _key(site, plan, task).stream("landmarks")
             counts = intensities.noised(counts, noise_multiplier=chosen.noise_multiplier, noise=noise)
@@ -249,19 +251,40 @@ def _weight(site: Site, plan: Plan, part: Part) -> float:
             return float(max(1, len(part.patients)))
 
 
-def _cohort(site: Site, plan: Plan) -> Cohort:
-    """Returns the cohort as it is now: a new freeze and a withdrawal hold from the next task on."""
-    frozen = site.private / "cohort.json"
-    stamp = frozen.stat().st_mtime_ns if frozen.exists() else 0
-    return _opened(site, plan.asked, stamp, withdrawal.stamp(site))
+@dataclass(frozen=True, kw_only=True)
+class _Opened:
+    """An open cohort, and which uses of it (run, plan, part) were written down."""
+
+    cohort: Cohort
+    noted: set[tuple[str, str, str]] = field(default_factory=set)
 
 
-@lru_cache(maxsize=64)
-def _opened(site: Site, asked: Asked, frozen: int, withdrawn: withdrawal.Stamp) -> Cohort:
+def _open(site: Site, plan: Plan) -> _Opened:
+    """Returns the cohort as it is now: a new freeze and a withdrawal hold from the next task on.
+
+    Of each site only the last is kept open: it holds its store on disk, and some hundred bytes a case in
+    memory.
+    """
+    listed = site.private / "cohort.json"
+    frozen_at = listed.stat().st_mtime_ns if listed.exists() else 0
+    wanted = (site, plan.asked, frozen_at, withdrawal.stamp(site))
+    last = _last(site.directory)
+    if wanted not in last:
+        last.clear()
+        last[wanted] = _newly_opened(site, plan.asked)
+    return last[wanted]
+
+
+@lru_cache(maxsize=64)  # a hospital has one site; a worker of a simulation has several
+def _last(directory: Path) -> dict[tuple[Site, Asked, int, withdrawal.Stamp], _Opened]:
+    return {}
+
+
+def _newly_opened(site: Site, asked: Asked) -> _Opened:
     cohort = open_cohort(site, asked=asked)
     most = site.settings.rules.max_quarantined_fraction
     quarantine.require_few(cohort.reasons, offered=cohort.offered, most=most)
-    return cohort
+    return _Opened(cohort=cohort)
 
 
 @lru_cache(maxsize=64)
@@ -271,11 +294,15 @@ def _note_answer(site: Site, run: str, plan_hash: str, status: str, reason: str)
     trail.sign(site)  # a run that ended badly is not told to the site, so what it left is signed here
 
 
-@lru_cache(maxsize=64)
-def _note_use(site: Site, run: str, plan_hash: str, part: str, cohort: Cohort) -> None:
+def _note_use(site: Site, run: str, plan_hash: str, part: str, opened: _Opened) -> None:
     """Writes down, once for a run, part and cohort, whose cases a task is about to use."""
+    if (run, plan_hash, part) in opened.noted:
+        return
+    cohort = opened.cohort
     cases = cohort.sources[part]
     usage.record(site, run=run, plan_hash=plan_hash, part=part, cohort_version=cohort.version, cases=cases)
+    tally.record(site, run=run, plan_hash=plan_hash, cohort=cohort)
+    opened.noted.add((run, plan_hash, part))
 
 
 def _keep_scores(site: Site, task: Task, exact: Exact) -> None:

@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from flwr.app import Context, Error, Message
 
+from client import crew
 from client import log as log_lines
 from common import flower
 from common.errors import DeploymentError
@@ -241,7 +242,7 @@ def _serve(
     """Main function of the child process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=crew.die_with_parent, daemon=True).start()
     handler = logging.StreamHandler() if log is None else logging.handlers.WatchedFileHandler(log)
     # force: what the fork server has imported (Opacus) may have set up the log already
     handler.setFormatter(log_lines.Formatter())
@@ -286,11 +287,3 @@ def _answer(app: Any, message: Message, context: Context) -> Message:
         logger.error("the client app returned %s instead of a message", type(reply).__name__)
         return error_reply(message, APP_FAILED)
     return reply
-
-
-def _die_with_parent() -> None:
-    """Ends this process when the one that started it is gone, in the middle of training too."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)

@@ -17,6 +17,7 @@ from common import keys
 
 CLASSES = ("normal", "opacity")
 EVERY_PLAN = {"name": "every plan", "decision": "approve", "when": {}}
+RULES: dict[str, Any] = yaml.safe_load(skeleton.settings_text(name="north", nominal_patients=1))["rules"]
 
 
 def write_site(

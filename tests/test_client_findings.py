@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import sqlite3
 from collections.abc import Iterable
@@ -16,7 +17,8 @@ from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from client import findings, frozen, lettering, rules, skeleton, split, survey, work
+from client import findings, frozen, lettering, rules, sight, skeleton, split, survey, work
+from client.case import Case
 from client.check import Findings, check
 from client.cohort import open_cohort
 from client.findings import Finding
@@ -82,8 +84,8 @@ def quarantined(site: Site) -> dict[str, str]:
         return {row["image"]: row["code"] for row in csv.DictReader(stream)}
 
 
-def prepared(site: Site) -> tuple[str, str]:
-    wanted = plan(privacy="none")
+def prepared(site: Site, **changes: Any) -> tuple[str, str]:
+    wanted = plan(privacy="none", **changes)
     changed = open_site(site.directory)
     told = work.prepare(
         changed,
@@ -392,6 +394,31 @@ def test_more_unusable_cases_than_the_hospital_states_stop_it(tmp_path: Path) ->
     assert checked(site).ok and prepared(site) == ("approved", "")
 
 
+def test_what_only_a_plan_makes_unusable_is_no_answer_to_it(tmp_path: Path) -> None:
+    """Else a coordinator could ask, plan by plan and without a charge, how many cases are of some kind."""
+    rows = many(tmp_path, num=20)
+    free: dict[str, Any] = {"approve": "all", "unsafe_allow_no_privacy": True}
+    site = make_site(tmp_path, rows, max_quarantined_fraction=0.01, **free)
+    assert prepared(site, preprocessing__size=(8, 8, 8)) == ("approved", "")
+    with (site.private / "quarantine.csv").open() as stream:
+        assert {row["code"] for row in csv.DictReader(stream)} == {"two_dimensional"}
+
+
+def test_only_the_cohort_of_the_last_plan_is_kept_open(tmp_path: Path) -> None:
+    """An open cohort keeps its store on disk after its removal, and some hundred bytes a case in memory."""
+    free: dict[str, Any] = {"approve": "all", "unsafe_allow_no_privacy": True}
+    site = make_site(tmp_path, many(tmp_path, num=20), **free)
+    for size in (8, 9, 10):
+        assert prepared(site, preprocessing__size=(size, size)) == ("approved", "")
+    gc.collect()
+    mapped = {line.split("/cache/")[1][:32] for line in maps() if "/cache/" in line and str(tmp_path) in line}
+    assert len(mapped) == 1
+
+
+def maps() -> list[str]:
+    return Path("/proc/self/maps").read_text().splitlines()
+
+
 def test_a_survey_is_kept_and_a_changed_file_is_looked_at_again(tmp_path: Path) -> None:
     site = make_site(tmp_path, many(tmp_path))
     cases, _ = frozen.accepted(frozen.listed_rows(site))
@@ -420,3 +447,30 @@ def test_several_processes_see_what_one_does(tmp_path: Path, monkeypatch: pytest
 def pixels(seen: Sight | str) -> str:
     assert isinstance(seen, Sight)
     return seen.pixels
+
+
+def test_paths_are_no_names_of_patients_that_could_be_alike(tmp_path: Path) -> None:
+    for name in ("a-01.png", "A 1.png"):
+        write(tmp_path / name, picture(len(name)))
+    rows = [("a-01.png", "normal", "x"), ("A 1.png", "normal", "y")]
+    site = make_site(tmp_path, rows, patient_is="case")
+    assert "similar_patients" not in {one.code for one in checked(site).found}
+
+
+def test_case_for_which_no_memory_is_left_does_not_end_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site(tmp_path, many(tmp_path))
+    look = sight.look
+
+    def hungry(case: Case, *, directory: Path) -> Sight:
+        if case.image == "i3.png":
+            raise MemoryError
+        return look(case, directory=directory)
+
+    monkeypatch.setattr(sight, "look", hungry)
+    cases, _ = frozen.accepted(frozen.listed_rows(site))
+    first = survey.survey(site, cases=cases)
+    assert first["i3.png"] == "out_of_memory" and len(first) == len(cases)
+    monkeypatch.undo()
+    assert isinstance(survey.survey(site, cases=cases)["i3.png"], Sight), "it is looked at again"
