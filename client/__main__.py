@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client import approval, coordinator, credential, log, release, skeleton
+from client import coordinator, credential, log, release, rest, skeleton, trail
 from client.agent import open_agent
 from client.site import Site, open_site
-from common import certificates, keys
+from common import certificates, keys, seal
 from common.command import exit_code
 from common.errors import DataError, UserError
 from common.invitation import Invitation
@@ -73,9 +73,25 @@ def _parser() -> argparse.ArgumentParser:
     rehearse.add_argument("--json", action="store_true", help="print JSON instead of a table")
     rehearse.set_defaults(verb=_rehearse)
 
-    approve = verbs.add_parser("approve", help="agree to exactly one plan")
+    pause = verbs.add_parser("pause", help="let the daemon rest after the task at hand, until resume")
+    pause.add_argument("directory", type=Path)
+    pause.set_defaults(verb=_pause)
+
+    resume = verbs.add_parser("resume", help="let a paused daemon work again")
+    resume.add_argument("directory", type=Path)
+    resume.set_defaults(verb=_resume)
+
+    approve = verbs.add_parser(
+        "approve", help="show a plan and decide about it, or show which wait and what was decided"
+    )
     approve.add_argument("directory", type=Path)
-    approve.add_argument("plan", type=Path, help="a plan as JSON")
+    approve.add_argument("plan", nargs="?", help="a plan as JSON, or the beginning of a known one's hash")
+    verdict = approve.add_mutually_exclusive_group()
+    verdict.add_argument("--refuse", action="store_true", help="never work on this plan")
+    verdict.add_argument("--withdraw", action="store_true", help="take the approval of this plan back")
+    approve.add_argument("--reason", default="", help="why (with --refuse or --withdraw); stays at the site")
+    approve.add_argument("--yes", action="store_true", help="do not ask, record")
+    approve.add_argument("--json", action="store_true", help="print JSON; without --yes only show")
     approve.set_defaults(verb=_approve)
 
     ledger = verbs.add_parser(
@@ -95,9 +111,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     ledger.set_defaults(verb=_ledger)
 
-    used = verbs.add_parser("used", help="say which runs used the cases of a patient")
+    used = verbs.add_parser("used", help="say which runs used the cases of a patient, or what a run used")
     used.add_argument("directory", type=Path)
-    used.add_argument("patient", help=PATIENT)
+    who = used.add_mutually_exclusive_group(required=True)
+    who.add_argument("patient", nargs="?", help=PATIENT)
+    who.add_argument("--run", help="instead of a patient: how many cases this run was offered and used")
     used.add_argument("--json", action="store_true", help="print JSON instead of tables")
     used.set_defaults(verb=_used)
 
@@ -111,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     withdraw.add_argument("--undo", action="store_true", help="take the withdrawal of this patient back")
     withdraw.add_argument("--json", action="store_true", help="print JSON instead of tables")
     withdraw.set_defaults(verb=_withdraw)
+
+    trail = verbs.add_parser("trail", help="prove that the log of what this site did is unbroken")
+    trail.add_argument("action", choices=("verify",))
+    trail.add_argument("directory", type=Path)
+    trail.add_argument("--json", action="store_true", help="print JSON instead of a line")
+    trail.set_defaults(verb=_trail)
 
     run = verbs.add_parser("run", help="work for the coordinator until stopped")
     run.add_argument("directory", type=Path)
@@ -193,10 +217,26 @@ def _rehearse(arguments: argparse.Namespace) -> int:
 
 
 def _approve(arguments: argparse.Namespace) -> int:
-    plan = _plan(arguments.plan)
-    approval.approve(open_site(arguments.directory), plan)
-    print(f"approved plan {plan.hash}")
-    return 0
+    from client import consent, decision  # see _check
+
+    site = open_site(arguments.directory)
+    changes = arguments.refuse or arguments.withdraw
+    if arguments.plan is None and (changes or arguments.yes):
+        raise UserError("Expected a plan to decide about, found none; name a file or a hash.")
+    if arguments.reason and not changes:
+        raise UserError("Expected --reason with --refuse or --withdraw, found it without.")
+    if len(arguments.reason) > decision.MAX_REASON:
+        raise UserError(f"Expected a reason of at most {decision.MAX_REASON} characters, found a longer one.")
+    if arguments.plan is None:
+        return consent.listed(site, as_json=arguments.json)
+    return consent.decide(
+        site,
+        consent.plan_named(site, arguments.plan),
+        "refused" if arguments.refuse else "withdrawn" if arguments.withdraw else "approved",
+        reason=arguments.reason,
+        is_agreed=arguments.yes,
+        as_json=arguments.json,
+    )
 
 
 def _ledger(arguments: argparse.Namespace) -> int:
@@ -227,9 +267,12 @@ def _ledger(arguments: argparse.Namespace) -> int:
 
 
 def _used(arguments: argparse.Namespace) -> int:
-    from client import patient  # see _check
+    from client import patient, tally  # see _check
 
-    return patient.report(open_site(arguments.directory), _patient(arguments), as_json=arguments.json)
+    site = open_site(arguments.directory)
+    if arguments.run is not None:
+        return tally.report(site, arguments.run, as_json=arguments.json)
+    return patient.report(site, _patient(arguments), as_json=arguments.json)
 
 
 def _withdraw(arguments: argparse.Namespace) -> int:
@@ -246,6 +289,10 @@ def _withdraw(arguments: argparse.Namespace) -> int:
     return patient.report(site, named, as_json=arguments.json)
 
 
+def _trail(arguments: argparse.Namespace) -> int:
+    return seal.report([trail.verify(open_site(arguments.directory))], as_json=arguments.json)
+
+
 def _patient(arguments: argparse.Namespace) -> str:
     """Returns the patient that is asked for; read from standard input, they are in no shell history."""
     named: str = arguments.patient
@@ -259,6 +306,20 @@ def _run(arguments: argparse.Namespace) -> int:
     _log_to(site)
     signal.signal(signal.SIGTERM, _leave)
     agent.run()
+    return 0
+
+
+def _pause(arguments: argparse.Namespace) -> int:
+    site = open_site(arguments.directory)
+    rest.pause(site.state)
+    print(f"{site.name} rests after the task at hand; feverfew-client resume {site.directory} ends it")
+    return 0
+
+
+def _resume(arguments: argparse.Namespace) -> int:
+    site = open_site(arguments.directory)
+    rest.resume(site.state)
+    print(f"{site.name} works again")
     return 0
 
 

@@ -12,21 +12,25 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Final, TypeVar
 
 import httpx
 from filelock import FileLock, Timeout
 from flwr.app import Context, Error, Message, RecordDict
 
+from client import rest, trail
 from client.access import Access
 from client.fleet import Fleet, Task, without_superseded
 from client.patience import MAX_RETRY_SECONDS, is_temporary, persist, reason
 from client.site import Site
-from client.worker import DEFAULT_APP, Worker, forkserver
-from common import flower
+from client.vitals import Vitals
+from client.worker import DEFAULT_APP, WORKER_DIED, Worker, forkserver
+from common import flower, monitor
 from common.errors import UserError
+from common.trail import account
 
 logger = logging.getLogger("feverfew.agent")
 Answer = TypeVar("Answer")
@@ -41,8 +45,14 @@ ADMISSION_SECONDS: Final = 1.0
 ABSENCE_SECONDS: Final = 1.5
 """The server asks for every reply several times a second, and is told then that its site is away."""
 CACHED_RUNS: Final = 8
+ATTEMPTS: Final = 3
+"""A task over which so many workers have died is answered with an error: it is the task that kills them."""
 SUPERSEDED: Final = "superseded"
 """A task of an earlier round was waiting behind a later one and is not done any more."""
+NOT_READABLE: Final = "unreadable"
+"""A task's parts are not what they say they are."""
+MAX_TASK_BYTES: Final = 2**31
+"""Of one task in memory: half a billion parameters."""
 RUN_NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
 
 
@@ -70,6 +80,7 @@ class Agent:
     fleet: Fleet
     worker: Worker
     access: Access | None = None
+    vitals: Vitals = field(default_factory=Vitals)
     _configs: dict[int, dict[str, str]] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
     _lost: threading.Event = field(default_factory=threading.Event)
@@ -98,8 +109,11 @@ class Agent:
     def _run_alone(self) -> None:
         pid_file = self.site.state / "agent.pid"
         pid_file.write_text(f"{os.getpid()}\n")
+        trail.record_if_possible(self.site, "started", by=account())
         flower.shorten_backoff()
+        flower.bound_messages(MAX_TASK_BYTES)
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        end_monitor = self._monitor()
         try:
             self.worker.warm_up()
             self._activate()
@@ -110,11 +124,22 @@ class Agent:
             self.worker.kill()
             self._say_goodbye()
             self.fleet.close()
+            end_monitor()
             pid_file.unlink(missing_ok=True)
+            trail.record_if_possible(self.site, "stopped")
+            trail.sign(self.site)
+
+    def _monitor(self) -> Callable[[], None]:
+        port = self.site.settings.monitor_port
+        if port is None:
+            return lambda: None
+        return monitor.serve(port, self.vitals.registry, is_ready=lambda: bool(self._node_id))
 
     def _work(self) -> None:
         since = time.monotonic()
         while not self._stop.is_set():
+            if why := self._rests():
+                self._rest(why)
             if self._lost.is_set():
                 self._activate()
             tasks = self._waiting_tasks()
@@ -124,6 +149,19 @@ class Agent:
             if not tasks:
                 self._change_key()
                 self._stop.wait(pause_seconds(time.monotonic() - since))
+
+    def _rests(self) -> str:
+        return rest.reason(self.site.state, self.site.settings.hours, now=datetime.now())
+
+    def _rest(self, why: str) -> None:
+        """Is away for the coordinator, as long as there is a reason to rest."""
+        logger.info("resting: %s", why)
+        self._say_goodbye()
+        self.vitals.resting.set(1)
+        while self._rests() and not self._stop.wait(MAX_PAUSE_SECONDS):
+            pass
+        self.vitals.resting.set(0)
+        self._lost.set()
 
     def _waiting_tasks(self) -> list[Task]:
         """Fetches the heads of all tasks that wait; says no to those that a later round has overtaken."""
@@ -142,18 +180,27 @@ class Agent:
                 return tasks
             logger.warning("the coordinator refuses this site: %s", flower.refusal_text(error))
             self._lost.set()
+        except flower.UNREADABLE as error:
+            logger.warning("the coordinator sent something that is no task (%s)", reason(error))
+            self._stop.wait(MAX_PAUSE_SECONDS)
         kept, superseded = without_superseded(tasks)
         for task in superseded:
-            self._decline(task)
+            self._decline(task, SUPERSEDED)
         return kept
 
-    def _decline(self, task: Task) -> None:
-        error = Error(code=flower.ErrorCode.UNKNOWN, reason=SUPERSEDED)
+    def _count(self, kind: str, outcome: str) -> None:
+        self.vitals.tasks.labels(kind, outcome).inc()
+        self.vitals.last_task.set_to_current_time()
+
+    def _decline(self, task: Task, why: str) -> None:
+        self._count(task.head.metadata.message_type, why)
+        error = Error(code=flower.ErrorCode.UNKNOWN, reason=why)
+        trail.record_if_possible(self.site, "refused", code=why)
         try:
             self._persist(lambda: self.fleet.drop(task), seconds=task.head.metadata.ttl)
             self._send(Message(error, reply_to=task.head))
         except httpx.HTTPError:
-            logger.info("a task that a later round has overtaken was not answered: its run has ended")
+            logger.info("a task that is not done (%s) was not answered: its run has ended", why)
 
     def _do(self, task: Task) -> None:
         begun = time.monotonic()
@@ -164,6 +211,10 @@ class Agent:
         except (httpx.HTTPError, flower.ObjectPullError) as error:
             logger.warning("a task could not be fetched and is dropped: %s", reason(error))
             return
+        except flower.UNREADABLE as error:
+            logger.warning("a task is not what it says it is, and is declined (%s)", reason(error))
+            self._decline(task, NOT_READABLE)
+            return
         context = Context(
             run_id=task.run_id,
             node_id=self._node_id,
@@ -171,10 +222,15 @@ class Agent:
             state=RecordDict(),
             run_config=dict(config),
         )
-        reply = self.worker.call(message, context, timeout_seconds=meta.ttl)
+        reply = self._answer(message, context)
         outcome = f"error: {reply.error.reason}" if reply.has_error() else "answered"
-        if not self._send(reply):
-            outcome += ", but not delivered"
+        counted = "failed" if reply.has_error() else "answered"
+        is_sent = self._send(reply)
+        told = {"run": _shown_run(config), "round": task.server_round, "message": meta.message_type}
+        trail.record_if_possible(self.site, "sent" if is_sent else "not_sent", **told, outcome=outcome)
+        if not is_sent:
+            outcome, counted = f"{outcome}, but not delivered", "undelivered"
+        self._count(meta.message_type, counted)
         logger.info(
             "run %s round %s %s: %s (%.1f s)",
             _shown_run(config),
@@ -183,6 +239,22 @@ class Agent:
             outcome,
             time.monotonic() - begun,
         )
+
+    def _answer(self, message: Message, context: Context) -> Message:
+        """Returns the worker's reply; a worker that dies over a task is replaced, and the task begun again.
+
+        What the task was charged stays charged once: it is the same task (privacy rule 3).
+        """
+        end = time.monotonic() + message.metadata.ttl
+        for attempt in range(1, ATTEMPTS + 1):
+            left = max(0.0, end - time.monotonic())
+            reply = self.worker.call(message, context, timeout_seconds=left)
+            if not (reply.has_error() and reply.error.reason == WORKER_DIED) or attempt == ATTEMPTS:
+                break
+            logger.warning("the worker died over a task; beginning it again")
+            self.vitals.worker_deaths.inc()
+            trail.record(self.site, "worker_restarted", run=_shown_run(context.run_config), attempt=attempt)
+        return reply
 
     def _send(self, reply: Message) -> bool:
         try:
@@ -220,6 +292,7 @@ class Agent:
             else:
                 self._note_node()
                 self._lost.clear()
+                self.vitals.connected.set(1)
                 return
             self._stop.wait(delay)
             delay = min(2 * delay, MAX_RETRY_SECONDS)
@@ -264,6 +337,8 @@ class Agent:
     def _beat(self) -> None:
         """Keeps the site online until the end; runs in a thread of its own."""
         while not self._stop.wait(BEAT_SECONDS):
+            if not self._node_id:
+                continue  # it rests
             try:
                 known = self.fleet.beat()
             except httpx.HTTPStatusError as error:
@@ -279,10 +354,12 @@ class Agent:
                 self.fleet.deactivate(self._node_id)
             except httpx.HTTPError as error:
                 logger.info("the coordinator was not told that this site goes: %s", reason(error))
+            self._node_id = 0
+            self.vitals.connected.set(0)
 
 
-def _shown_run(config: dict[str, str]) -> str:
-    run = config.get("run", "")
+def _shown_run(config: Mapping[str, object]) -> str:
+    run = str(config.get("run", ""))
     return run if RUN_NAME.fullmatch(run) else "?"
 
 
@@ -295,5 +372,12 @@ def open_agent(site: Site, *, app: str = DEFAULT_APP) -> Agent:
     """
     access = Access(site.directory)
     log = site.state.resolve() / "agent.log"
-    worker = Worker(app, context=forkserver(), threads=site.settings.threads, log=log)
+    gigabytes = site.settings.max_memory_gigabytes
+    worker = Worker(
+        app,
+        context=forkserver(),
+        threads=site.settings.threads,
+        memory_bytes=None if gigabytes is None else int(gigabytes * 1e9),
+        log=log,
+    )
     return Agent(site=site, fleet=access.fleet(), worker=worker, access=access)

@@ -5,6 +5,7 @@ Source: Gorgolewski et al. (2016), The brain imaging data structure.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from client import spreadsheet
+from client import files, spreadsheet
 from client.case import Case, PatientIs, Refused, inside
 from client.table import Column, texts
 from common.asked import Class, Target
@@ -79,7 +80,7 @@ def rows(settings: Bids, *, directory: Path, patient_is: PatientIs) -> Iterator[
     images = {name: _files(root, suffix=suffix) for name, suffix in settings.images.items()}
     masks = _files(root / settings.mask_directory, suffix=settings.mask) if settings.mask_directory else {}
     for session in sorted(set().union(*images.values())):
-        found = [files.get(session, []) for files in images.values()]
+        found = [of_kind.get(session, []) for of_kind in images.values()]
         about = participants.get(session[0], {})
         yield _case(session, found, masks.get(session, []), settings, directory=directory, about=about)
 
@@ -87,8 +88,8 @@ def rows(settings: Bids, *, directory: Path, patient_is: PatientIs) -> Iterator[
 def _files(root: Path, *, suffix: str | None) -> dict[Session, list[Path]]:
     """Returns the files with a suffix, by session."""
     found: defaultdict[Session, list[Path]] = defaultdict(list)
-    for ending in ENDINGS:
-        for path in sorted(root.glob(f"sub-*/**/*_{suffix}{ending}")):
+    for path in itertools.chain.from_iterable(map(files.walk, sorted(root.glob("sub-*")))):
+        if path.name.endswith(tuple(f"_{suffix}{ending}" for ending in ENDINGS)):
             parts = path.relative_to(root).parts
             found[parts[0], parts[1] if parts[1].startswith("ses-") else ""].append(path)
     return dict(found)
@@ -114,7 +115,7 @@ def _case(
     named = "/".join(part for part in session if part)
     try:
         return Case(
-            images=tuple(_only(files, directory) for files in images),
+            images=tuple(_only(found, directory) for found in images),
             patient=session[0],
             labels=_labels(about, settings),
             mask=_only(masks, directory) if masks else "",
@@ -124,12 +125,12 @@ def _case(
         return Refused(image=named, code=error.code)
 
 
-def _only(files: list[Path], directory: Path) -> str:
-    if not files:
+def _only(found: list[Path], directory: Path) -> str:
+    if not found:
         raise UnusableCase("missing_image")
-    if len(files) > 1:
+    if len(found) > 1:
         raise UnusableCase("several_images")
-    return inside(files[0].relative_to(directory).as_posix())
+    return inside(found[0].relative_to(directory).as_posix())
 
 
 def _labels(about: Mapping[str, str], settings: Bids) -> tuple[str, ...] | None:

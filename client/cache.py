@@ -2,29 +2,26 @@
 
 A store is a directory for one way of preprocessing, with one ``.npy`` (a record per case) and
 ``index.json``, which names the ``.npy``, its size and checksum, the key of every row, and the cases that
-cannot be used. The index is replaced in one step, so a store is always whole. Cases are named by keyed
-pseudonyms; nothing here names a file or a patient.
+cannot be used. The index is replaced in one step, so a store is always whole. While one is made,
+``part.json`` says every few seconds how far it is, and whoever makes it next goes on from there. Cases are
+named by keyed pseudonyms; nothing here names a file or a patient.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import secrets
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
-from client import files
-from common.errors import UnusableCase
+from client import files, making
 
 FORMAT = 2
-CHUNK_BYTES = 2**24
 TRANSIENT = (
     "missing_file",
     "not_readable",
@@ -33,7 +30,7 @@ TRANSIENT = (
 )  # not properties of the content
 
 Progress = Callable[[int, int], None]
-Decode = Callable[[int], np.ndarray]
+Decode = Callable[[Sequence[int]], Iterator[np.ndarray | str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,30 +50,37 @@ class Store:
 def open_store(
     directory: Path,
     *,
+    lock: Path,
     keys: Sequence[str],
     dtype: np.dtype[Any],
     decode: Decode,
+    fits: Callable[[int], bool],
     on_progress: Progress | None = None,
 ) -> Store:
     """Opens the store with exactly these cases; decodes only those that it does not have yet.
 
     Args:
         directory: one for each way of preprocessing.
+        lock: held while the store is made.
         keys: distinct pseudonyms of the wanted cases, which change with their content.
         dtype: of one case.
-        decode: returns the record of a case, an array of shape (), given its position in ``keys``, or raises
-            ``UnusableCase``; other errors are passed on and leave the store as it was.
+        decode: yields for each position in ``keys`` the record of its case, an array of shape (), or the code
+            for which it cannot be used; errors are passed on and leave the store as it was.
+        fits: makes room for so many bytes and says whether there is; if there is none for the store beside
+            its old form, the old form goes and all is decoded.
         on_progress: told (done, total) of the cases to decode.
     """
     store = _opened(directory, keys=keys, dtype=dtype)
     if store is not None:
         return store
-    files.private_directory(directory)
-    with FileLock(directory / "lock", mode=0o600):
+    with FileLock(lock, mode=0o600):
+        files.private_directory(directory)
         store = _opened(directory, keys=keys, dtype=dtype)  # another process may have been faster
         if store is not None:
             return store
-        transient = _build(directory, keys=keys, dtype=dtype, decode=decode, on_progress=on_progress)
+        transient = _build(
+            directory, keys=keys, dtype=dtype, decode=decode, fits=fits, on_progress=on_progress
+        )
         wanted = [key for key in keys if key not in transient]
         store = _opened(directory, keys=wanted, dtype=dtype)
     assert store is not None, "a store that was just written opens"
@@ -118,7 +122,7 @@ def _read_records(directory: Path, *, index: dict[str, Any], dtype: np.dtype[Any
         status = path.stat()
         if status.st_size != index["size"]:
             return None
-        if status.st_mtime_ns != index["mtime_ns"] and _checksum(path) != index["crc32"]:
+        if status.st_mtime_ns != index["mtime_ns"] and _checksum_of(path) != index["crc32"]:
             return None
         records = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -127,12 +131,9 @@ def _read_records(directory: Path, *, index: dict[str, Any], dtype: np.dtype[Any
     return records.view(np.ndarray) if fits else None
 
 
-def _checksum(path: Path) -> int:
-    checksum = 0
+def _checksum_of(path: Path) -> int:
     with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK_BYTES):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
+        return making.checksum(stream)
 
 
 def _build(
@@ -141,54 +142,69 @@ def _build(
     keys: Sequence[str],
     dtype: np.dtype[Any],
     decode: Decode,
+    fits: Callable[[int], bool],
     on_progress: Progress | None,
 ) -> dict[str, str]:
     """Writes a new store, copying what the old one has; returns the codes that may not be kept."""
-    known, refused = _known(directory, dtype=dtype)
-    num_new = sum(key not in known and key not in refused for key in keys)
-    name, rows, done = f"records-{secrets.token_hex(8)}.npy", [], 0
-    transient: dict[str, str] = {}
-    with open(directory / name, "xb", opener=_private_opener) as stream:
-        _write_header(stream, dtype=dtype, num_cases=len(keys))
-        for position, key in enumerate(keys):
-            if key in refused:
-                continue
-            try:
-                record = known[key] if key in known else decode(position)
-            except UnusableCase as error:
-                (transient if error.code in TRANSIENT else refused)[key] = error.code
-            else:
-                stream.write(np.asarray(record, dtype=dtype).tobytes())
-                rows.append(key)
-            if key not in known:
-                done += 1
-                _tell(on_progress, done, num_new)
-        stream.seek(0)
-        _write_header(stream, dtype=dtype, num_cases=len(rows))
-        stream.flush()
-        os.fsync(stream.fileno())
-    kept = {key: refused[key] for key in keys if key in refused}
-    _write_index(directory, records=name, rows=rows, refused=kept)
-    return transient
+    known, refused = _known(directory, dtype=dtype, fits=lambda old: fits(old + len(keys) * dtype.itemsize))
+    made = making.resumed(directory, keys=keys, dtype=dtype)
+    _remove_others(directory, kept={made.records, (_read_index(directory) or {}).get("records", "")})
+    begun = len(made.outcomes)
+    outcomes = _outcomes(
+        keys[begun:], known={**refused, **known}, begun=begun, decode=decode, tell=on_progress
+    )
+    with closing(outcomes):
+        making.write(directory, outcomes, making=made, keys=keys, dtype=dtype)
+    codes = dict(zip(keys, made.outcomes, strict=True))
+    kept = {key: code for key, code in codes.items() if code and code not in TRANSIENT}
+    rows = [key for key, code in codes.items() if not code]
+    _write_index(directory, records=made.records, rows=rows, refused=kept)
+    return {key: code for key, code in codes.items() if code in TRANSIENT}
 
 
-def _known(directory: Path, *, dtype: np.dtype[Any]) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Returns what the store of before has, by key; nothing where it is damaged."""
+def _outcomes(
+    keys: Sequence[str],
+    *,
+    known: Mapping[str, np.ndarray | str],
+    begun: int,
+    decode: Decode,
+    tell: Progress | None,
+) -> Generator[np.ndarray | str, None, None]:
+    """Yields record or code of each case, decoding those that are not known; ``begun`` cases are before."""
+    unknown = [begun + place for place, key in enumerate(keys) if key not in known]
+    decoded = decode(unknown)
+    done = 0
+    for key in keys:
+        if key in known:
+            yield known[key]
+            continue
+        yield next(decoded)
+        done += 1
+        if tell is not None:
+            tell(done, len(unknown))
+
+
+def _remove_others(directory: Path, *, kept: Container[str]) -> None:
+    for path in directory.glob("records-*.npy"):
+        if path.name not in kept:
+            path.unlink()  # whoever has it mapped keeps it
+
+
+def _known(
+    directory: Path, *, dtype: np.dtype[Any], fits: Callable[[int], bool]
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Returns what the store of before has, by key; nothing where it is damaged.
+
+    Where there is no room for it beside the new one it is removed, and its records are decoded again.
+    """
     index = _read_index(directory)
     records = None if index is None else _read_records(directory, index=index, dtype=dtype)
     if index is None or records is None:
         return {}, {}
+    if not fits(index["size"]):
+        (directory / "index.json").unlink()
+        return {}, dict(index["refused"])
     return dict(zip(index["rows"], records, strict=True)), dict(index["refused"])
-
-
-def _private_opener(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def _write_header(stream: BinaryIO, *, dtype: np.dtype[Any], num_cases: int) -> None:
-    # numpy pads the header for any length of the first axis, so it can be written again in place.
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (num_cases,)}
-    np.lib.format.write_array_header_1_0(stream, header)
 
 
 def _write_index(directory: Path, *, records: str, rows: list[str], refused: dict[str, str]) -> None:
@@ -199,16 +215,10 @@ def _write_index(directory: Path, *, records: str, rows: list[str], refused: dic
         "records": records,
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
-        "crc32": _checksum(path),
+        "crc32": _checksum_of(path),
         "rows": rows,
         "refused": refused,
     }
     files.write_private(directory / "index.json", content=json.dumps(index).encode())
-    for old in directory.glob("records-*.npy"):
-        if old.name != records:
-            old.unlink()  # whoever has it mapped keeps it
-
-
-def _tell(on_progress: Progress | None, done: int, total: int) -> None:
-    if on_progress is not None:
-        on_progress(done, total)
+    (directory / making.PART).unlink(missing_ok=True)
+    _remove_others(directory, kept=(records,))

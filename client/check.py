@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from client import findings, frozen, quarantine, rarity, split, survey, withdrawal
+from client import findings, frozen, preprocessing, quarantine, rarity, room, split, survey, withdrawal
 from client.cohort import Cohort, Part, open_cohort
 from client.findings import Finding, Level
 from client.frozen import Frozen
@@ -186,6 +186,7 @@ def _found_of(
         *_table_lines(site),
         _cases_line(site, cohort),
         *_training_lines(site, parts["train"]),
+        *_room_lines(site, cohort, asked),
         Line(name="split key", text="present, readable by this account only"),
         _machine_line(site),
         *others,
@@ -268,6 +269,16 @@ def _cases_line(site: Site, cohort: Cohort) -> Line:
         return Line(name="cases", text=text, level="warning")
     text = f"{text}; more than {most:.0%} are unusable (max_quarantined_fraction): runs are declined"
     return Line(name="cases", text=text, level="error")
+
+
+def _room_lines(site: Site, cohort: Cohort, asked: Asked) -> tuple[Line, ...]:
+    """Says what a run may tell nobody: that the true cases need more room than the limit."""
+    needed = cohort.used * preprocessing.record_type(asked).itemsize / room.GIGABYTE
+    most = site.settings.max_cache_gigabytes
+    if needed <= most:
+        return ()
+    text = f"the preprocessed cases take {needed:.2g} GB, max_cache_gigabytes is {most:g}; raise it"
+    return (Line(name="cache", text=text, level="error"),)
 
 
 def _training_lines(site: Site, found: PartFindings) -> tuple[Line, ...]:

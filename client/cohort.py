@@ -10,15 +10,29 @@ import hashlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from client import cache, clinical, content, files, frozen, preprocessing, quarantine, room, split, withdrawal
+from client import (
+    cache,
+    clinical,
+    content,
+    decoding,
+    files,
+    frozen,
+    preprocessing,
+    quarantine,
+    room,
+    split,
+    withdrawal,
+)
 from client.case import Case, Refused
+from client.decoding import Job, Manner
 from client.frozen import Frozen, FrozenCase, Progress, freeze
-from client.site import Site
+from client.site import Site, SiteSettings
 from common.asked import Asked
 from common.errors import Refusal, UnusableCase
 from common.value import canonical_json
@@ -107,7 +121,7 @@ def open_cohort(
     Raises:
         UserError, StateError: as ``frozen.freeze``; ``private/withdrawn.json`` is damaged.
         Refusal: the site lists no such images, clinical values or labels at all; or the cache may not be as
-            large as it would have to be.
+            large as it would have to be by the site's public numbers.
     """
     secret = split.read_key(site)
     listed = frozen.read(site, secret=secret) or freeze(site, on_progress=on_progress)
@@ -219,50 +233,43 @@ def _target(case: Case, asked: Asked) -> int | list[int]:
 def _open_store(
     site: Site, entries: Sequence[_Entry], *, listed: Frozen, asked: Asked, on_progress: Progress | None
 ) -> cache.Store:
-    dtype = preprocessing.record_type(asked)
+    settings, dtype = site.settings, preprocessing.record_type(asked)
+    most, needed = settings.max_cache_gigabytes, len(entries) * dtype.itemsize
+    room.require(_nominal_cases(settings) * dtype.itemsize, most_gigabytes=most)
+    jobs = [Job(case=one.source.case, content=one.source.content, name=one.key[:12]) for one in entries]
+    manner = Manner(directory=site.directory, inputs=listed.inputs, asked=asked)
 
-    def decode(position: int) -> np.ndarray:
-        entry = entries[position]
-        try:
-            return _record(site, entry, inputs=listed.inputs, asked=asked)
-        except UnusableCase:
-            raise
-        except Exception as error:
-            name = entry.key[:12]
-            logger.error("case %s could not be read: %s", name, type(error).__name__)
-            error.add_note(f"case {name} is {entry.source.case.image}")
-            raise
+    def decode(positions: Sequence[int]) -> Iterator[np.ndarray | str]:
+        wanted = [jobs[position] for position in positions]
+        return decoding.records(wanted, manner=manner, processes=settings.threads)
 
-    # The record depends on the classes only where a mask holds their numbers.
-    depends = [asked.preprocessing.model_dump(mode="json"), preprocessing.software(), repr(dtype)]
-    name = canonical_json([*depends, len(asked.classes) if asked.target == "mask" else 0])
-    store = files.private_directory(site.cache) / hashlib.sha256(name.encode()).hexdigest()[:32]
-    room.make(
-        site.cache,
-        wanted=store,
-        needed_bytes=len(entries) * dtype.itemsize,
-        most_gigabytes=site.settings.max_cache_gigabytes,
-    )
+    store = files.private_directory(site.cache) / _store_name(asked, dtype)
+    if not room.make(site.cache, wanted=store, needed_bytes=needed, most_gigabytes=most):
+        logger.warning("the preprocessed cases take more than max_cache_gigabytes: %g allows", most)
     opened = cache.open_store(
-        store, keys=[entry.key for entry in entries], dtype=dtype, decode=decode, on_progress=on_progress
+        store,
+        lock=room.lock(store),
+        keys=[entry.key for entry in entries],
+        dtype=dtype,
+        decode=decode,
+        fits=lambda both: room.make(site.cache, wanted=store, needed_bytes=both, most_gigabytes=most),
+        on_progress=on_progress,
     )
     room.note_use(store)
     return opened
 
 
-def _record(site: Site, entry: _Entry, *, inputs: Sequence[str], asked: Asked) -> np.ndarray:
-    """Returns a case as the cache keeps it; ``inputs`` names the images of the list's cases."""
-    from client import images  # its decoders take long to import, and a warm start does without
+def _nominal_cases(settings: SiteSettings) -> float:
+    """Returns the number of cases that the public numbers say; the true one is not for others to learn."""
+    fraction = settings.split.train or 1.0  # an evaluation site's number of patients is that of all
+    return settings.nominal_patients / fraction * settings.nominal_cases_per_patient
 
-    loaded = content.load(entry.source.case, directory=site.directory)
-    _check_content(loaded.digest, entry.source)
-    by_input = dict(zip(inputs, loaded.images, strict=True))
-    mask = loaded.mask if asked.target == "mask" else None
-    return preprocessing.apply(
-        [images.decode(*by_input[name]) for name in asked.preprocessing.inputs],
-        asked,
-        mask=None if mask is None else images.decode_mask(mask),
-    )
+
+def _store_name(asked: Asked, dtype: np.dtype[Any]) -> str:
+    # The record depends on the classes only where a mask holds their numbers.
+    depends = [asked.preprocessing.model_dump(mode="json"), preprocessing.software(), repr(dtype)]
+    name = canonical_json([*depends, len(asked.classes) if asked.target == "mask" else 0])
+    return hashlib.sha256(name.encode()).hexdigest()[:32]
 
 
 def _cuts(site: Site, used: Sequence[_Entry]) -> dict[str, slice]:

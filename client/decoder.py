@@ -7,6 +7,7 @@ compressed file and ends with the process that started it. It never sees more th
 
 from __future__ import annotations
 
+import atexit
 import io
 import os
 import resource
@@ -25,6 +26,7 @@ from common.errors import UnusableCase
 TIMEOUT_SECONDS = 120.0  # the largest images take a few seconds; this is for those that never end
 PATIENCE_SECONDS = 5.0  # for a child whose connection was closed
 MEMORY_BYTES = 2**33  # address space: libraries, and some copies of the largest image
+IMAGE, MASK = b"I", b"M"  # what a file holds
 COMPLAINTS = (b"Corrupt JPEG data", b"Premature end", b"TIFF", b"LZW", b"tempfile.tif")
 """What libjpeg and libtiff say on stderr before they return noise."""
 
@@ -37,17 +39,21 @@ class _Child:
 
 
 _children: list[_Child] = []  # the one that is warm, if any
+_at_exit: list[object] = []  # whether it is going to be ended
 
 
-def stored_pixels(content: bytes) -> np.ndarray:
+def stored_pixels(content: bytes, *, mask: bool = False) -> np.ndarray:
     """Returns the stored values of a DICOM or TIFF file, as ``dicom.stored_pixels`` and ``raster.pixels``.
+
+    Args:
+        mask: of a TIFF with a palette, the numbers of its colours.
 
     Raises:
         UnusableCase: no library decodes it, or the decoder crashed (``unreadable``) or did not end
             (``too_slow``).
         MemoryError: the decoder was killed, as the kernel does when memory runs out.
     """
-    pixels: np.ndarray = np.load(io.BytesIO(_answer_to(content)), allow_pickle=False)
+    pixels: np.ndarray = np.load(io.BytesIO(_answer_to(content, mask=mask)), allow_pickle=False)
     return pixels
 
 
@@ -60,9 +66,10 @@ def check_jpeg(content: bytes) -> None:
     _answer_to(content)
 
 
-def _answer_to(content: bytes) -> bytes:
+def _answer_to(content: bytes, *, mask: bool = False) -> bytes:
     child = _warm()
     try:
+        child.connection.send_bytes(MASK if mask else IMAGE)
         child.connection.send_bytes(content)
         if not child.connection.poll(TIMEOUT_SECONDS):
             raise UnusableCase("too_slow", f"Expected pixels within {TIMEOUT_SECONDS} s.")
@@ -91,8 +98,16 @@ def _warm() -> _Child:
         null = subprocess.DEVNULL
         process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=null, stdout=null, stderr=null)
     child = _Child(process=process, connection=Connection(ours.detach()), parent=os.getpid())
+    if not _at_exit:
+        _at_exit.append(atexit.register(_stop_all))
     _children.append(child)
     return child
+
+
+def _stop_all() -> None:
+    """Ends the warm child when its parent ends, which would else be said to have forgotten it."""
+    for child in [one for one in _children if one.parent == os.getpid()]:
+        _stop(child)
 
 
 def _stop(child: _Child) -> int:
@@ -117,10 +132,10 @@ def serve(connection: Connection) -> None:
     os.dup2(complaints, 2)
     while True:
         try:
-            content = connection.recv_bytes()
+            kind, content = connection.recv_bytes(), connection.recv_bytes()
         except EOFError:
             return
-        reply = _answer(content)
+        reply = _answer(content, mask=kind == MASK)
         size = os.fstat(complaints).st_size
         heard = os.pread(complaints, size, 0)
         if any(complaint in heard for complaint in COMPLAINTS):
@@ -130,7 +145,7 @@ def serve(connection: Connection) -> None:
         connection.send_bytes(reply)
 
 
-def _answer(content: bytes) -> bytes:
+def _answer(content: bytes, *, mask: bool) -> bytes:
     from client import codecs, dicom, raster  # dicom imports this module
 
     try:
@@ -138,7 +153,7 @@ def _answer(content: bytes) -> bytes:
             codecs.heard_of(content, **raster.stated(content))
             return b"P"
         stream = io.BytesIO()
-        np.save(stream, _pixels(content), allow_pickle=False)
+        np.save(stream, _pixels(content, mask=mask), allow_pickle=False)
         return b"P" + stream.getvalue()
     except MemoryError:
         return b"Etoo_large\nExpected an image that fits into the decoder's memory."
@@ -148,11 +163,11 @@ def _answer(content: bytes) -> bytes:
         return f"E{dicom.code_of(error)}\nThe decoder ended with {type(error).__name__}.".encode()
 
 
-def _pixels(content: bytes) -> np.ndarray:
+def _pixels(content: bytes, *, mask: bool) -> np.ndarray:
     from client import dicom, raster
 
     if not dicom.is_dicom(content):
-        return raster.pixels(content)
+        return raster.pixels(content, mask=mask)
     with warnings.catch_warnings():
         # Sound run-length data ends with its last value.
         warnings.filterwarnings("error", "The decoded RLE segment contains non-conformant padding")

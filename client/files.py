@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import UnusableCase
@@ -56,6 +57,30 @@ def listed(directory: Path) -> list[Path]:
         return list(directory.iterdir())
     except OSError as error:
         raise _unusable(error) from None
+
+
+def walk(root: Path) -> Iterator[Path]:
+    """Yields all regular files below a folder, through links to folders too, though never round in circles.
+
+    A folder that cannot be read has no files.
+    """
+    yield from _walked(root, above=frozenset())
+
+
+def _walked(folder: Path, *, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    try:
+        status = folder.stat()
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return
+    place = (status.st_dev, status.st_ino)
+    if place in above:
+        return
+    for entry in entries:
+        if entry.is_dir():
+            yield from _walked(entry, above=above | {place})
+        elif entry.is_file():
+            yield entry
 
 
 def _unusable(error: OSError) -> Exception:

@@ -118,10 +118,11 @@ def find(
         secret: of the split, to tell what lies in two parts.
     """
     looked = [Looked(case=case, sight=one) for case in cases if isinstance(one := seen[case.image], Sight)]
-    rules = site.settings.rules
+    rules, own_patients = site.settings.rules, site.settings.patient_is == "case"
     named: dict[str, list[str]] = {
-        **_same_pixels(looked, own_patients=site.settings.patient_is == "case"),
-        "similar_patients": _similar_patients(looked),
+        **_same_pixels(looked, own_patients=own_patients),
+        # Where every case is a patient of its own, the names of patients are paths.
+        "similar_patients": [] if own_patients else _similar_patients(looked),
         **_by_itself(looked, rules),
         "mixed_modalities": _mixed(looked, lambda one: one.sight.declared.modality),
         "mixed_photometric": _mixed(looked, _colour),

@@ -38,7 +38,7 @@ class Task:
     def server_round(self) -> int:
         """The round; 0 where the server's group is none."""
         group = self.head.metadata.group_id
-        return int(group) if group.isdecimal() else 0
+        return int(group) if group.isdecimal() and len(group) < 16 else 0
 
 
 def without_superseded(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:

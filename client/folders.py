@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from client import files
 from client.case import Case, PatientIs, Refused, inside
 from common.asked import Class, Target
 from common.errors import ConfigError, DataError, UnusableCase
@@ -30,7 +31,8 @@ Pattern = Annotated[str, AfterValidator(_checked)]
 
 
 class Folders(Value):
-    """A folder for each class in ``directory``; what is in it, at any depth, are its cases.
+    """A folder for each class in ``directory``; what is in it, at any depth and behind links too,
+    are its cases.
 
     ``classes`` says which folder means which class. ``patient`` is a regular expression that finds the
     patient in a file's path below its class folder, such as ``^(?P<patient>[^_/]+)``; null with
@@ -76,8 +78,8 @@ def rows(settings: Folders, *, directory: Path, patient_is: PatientIs) -> Iterat
 
 
 def _cases(root: Path, *, series: bool) -> set[Path]:
-    files = {path for path in root.rglob("*") if path.is_file() and not _is_hidden(path, root)}
-    return {path.parent for path in files} if series else files
+    found = {path for path in files.walk(root) if not _is_hidden(path, root)}
+    return {path.parent for path in found} if series else found
 
 
 def _is_hidden(path: Path, root: Path) -> bool:

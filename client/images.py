@@ -52,30 +52,32 @@ def decode(*contents: bytes) -> Image:
 def decode_mask(content: bytes) -> Image:
     """Decodes a file with the number of a class for each pixel; one number everywhere is a mask as well.
 
+    Of a picture with a palette the numbers are those of its colours, of one with a bit a pixel 0 and 1.
+
     Raises:
         UnusableCase: as ``decode``; ``bad_mask`` for colours or numbers that are not whole.
     """
-    image = _decoded((content,))
+    image = _decoded((content,), mask=True)
     if image.array.shape[0] != 1 or not np.array_equal(image.array, np.rint(image.array)):
         raise UnusableCase("bad_mask", "Expected whole numbers of one channel, found others.")
     return image
 
 
-def _decoded(contents: tuple[bytes, ...]) -> Image:
+def _decoded(contents: tuple[bytes, ...], *, mask: bool = False) -> Image:
     try:
         with _silent():
-            return _read_file(contents[0]) if len(contents) == 1 else series.read(contents)
+            return _read_file(contents[0], mask=mask) if len(contents) == 1 else series.read(contents)
     except (UnusableCase, MemoryError):
         raise
     except Exception as error:  # decoders raise anything on damaged bytes, with header values in the text
         raise UnusableCase(dicom.code_of(error), f"The decoder ended with {type(error).__name__}.") from None
 
 
-def _read_file(content: bytes) -> Image:
+def _read_file(content: bytes, *, mask: bool) -> Image:
     if dicom.is_dicom(content):
         return series.read_file(content)
     if raster.is_raster(content):
-        return raster.read(content)
+        return raster.read(content, mask=mask)
     if content[:2] == b"\x1f\x8b" or nifti.is_nifti(content):
         return nifti.read(content)
     if not content:

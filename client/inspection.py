@@ -9,19 +9,20 @@ import httpx
 from client import content, coordinator, credential, frozen
 from client.case import Case
 from client.check import Line
+from client.cost import planned_spends
 from client.patience import reason
 from client.release import open_ledger
 from client.site import Site
-from client.work import planned_spends
 from common import certificates
 from common.asked import Asked, Preprocessing
 from common.config import compose_plan
-from common.errors import Refusal, UnusableCase, UserError
+from common.errors import DataError, Refusal, UnusableCase, UserError
 from common.plan import Plan
 
 TIMEOUT_SECONDS = 10.0
 FIRST = 32  # cases that are looked at where no plan says what they are
 MOST_NUMBERS = 64  # in a mask; more is a picture
+MOST_LABELS, LONGEST_LABEL = 1000, 64  # what a plan can name: common.asked.Classes
 REFUSED = 403
 """What the gateway says to whoever asks for anything but its nine paths: so it is the gateway."""
 
@@ -134,5 +135,14 @@ def _first(site: Site) -> tuple[tuple[int, ...], int]:
 
 
 def _labels(site: Site) -> tuple[str, ...]:
+    """Returns the labels of the listing. Where a column holds no classes its cells are not to be shown."""
     rows = frozen.listed_rows(site)
-    return tuple(sorted({name for row in rows if isinstance(row, Case) for name in row.labels or ()}))
+    found = {name for row in rows if isinstance(row, Case) for name in row.labels or ()}
+    longest = max(map(len, found), default=0)
+    if len(found) > MOST_LABELS or longest > LONGEST_LABEL:
+        raise DataError(
+            f"Expected at most {MOST_LABELS} labels of at most {LONGEST_LABEL} characters, found "
+            f"{len(found)} of up to {longest}; name the column of the label in site.yaml, or say in classes "
+            "what its values mean."
+        )
+    return tuple(sorted(found))

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from client import bids, folders, pairs, table
+from client import bids, files, folders, pairs, table
 from client.bids import Bids
 from client.case import Case, PatientIs, Refused
 from client.folders import Folders
 from client.pairs import Pairs
 from client.table import Table
+from common.value import canonical_json
 
 if TYPE_CHECKING:  # its module needs the site's settings, which need this one
     from client.pacs import Series
@@ -50,21 +51,28 @@ def names_the_pacs(listing: Listing) -> bool:
 
 
 def digest(listing: Listing, *, directory: Path) -> str:
-    """Returns the sha256 of what lists the cases: the table, or the names of all files."""
-    summed = hashlib.sha256()
+    """Returns the sha256 of what lists the cases: the mapping, and the table or the names of all files."""
+    summed = hashlib.sha256(canonical_json(listing.model_dump(mode="json")).encode())
     match listing:
         case Table():
-            path = directory / listing.file
-            if path.is_file():
-                with path.open("rb") as stream:
-                    return hashlib.file_digest(stream, "sha256").hexdigest()
-        case _:
-            for path in sorted(
-                path for folder in _folders(listing) for path in (directory / folder).rglob("*")
-            ):
-                summed.update(f"{path.relative_to(directory).as_posix()}\n".encode())
+            _add_content(summed, directory / listing.file)
+        case Bids():
+            _add_content(summed, directory / listing.directory / bids.PARTICIPANTS)
+    for path in (path for folder in _folders(listing) for path in files.walk(directory / folder)):
+        summed.update(f"{path.relative_to(directory).as_posix()}\n".encode())
     return summed.hexdigest()
 
 
-def _folders(listing: Folders | Pairs | Bids) -> list[str]:
-    return [*listing.images.values(), listing.masks] if isinstance(listing, Pairs) else [listing.directory]
+def _add_content(summed: hashlib._Hash, path: Path) -> None:
+    if path.is_file():
+        with path.open("rb") as stream:
+            summed.update(hashlib.file_digest(stream, "sha256").digest())
+
+
+def _folders(listing: Listing) -> list[str]:
+    match listing:
+        case Table():
+            return []
+        case Pairs():
+            return [*listing.images.values(), listing.masks]
+    return [listing.directory]

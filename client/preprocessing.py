@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -19,13 +20,13 @@ from common.steps import Spatial, Step
 if TYPE_CHECKING:  # image decoders are imported where a case is decoded
     from client.images import Image
 
-VERSION = 3  # to be raised with every change of the values that apply() returns
+VERSION = 4  # to be raised with every change of the values that apply() returns
 LIBRARIES = (
     *("monai", "torch", "numpy", "scipy", "scikit-image", "pydicom", "nibabel", "pillow"),
     *("pylibjpeg-openjpeg", "pyjpegls", "python-gdcm"),
 )
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601, as JPEG and DICOM's YBR have it
-AFFINE_TOLERANCE_MM = 1e-3
+AFFINE_TOLERANCE = 0.1  # of a pixel, at the corner that is farthest off
 
 
 @cache
@@ -92,11 +93,17 @@ def _check_dimensions(image: Image, dimensions: int) -> None:
 
 
 def _is_same_grid(image: Image, other: Image) -> bool:
+    """Returns whether two images have one size and, where both say where they lie, one place: no pixel is
+    farther off than a small part of the smallest spacing. The farthest off is at a corner."""
     if image.array.shape[1:] != other.array.shape[1:]:
         return False
     if image.affine is None or other.affine is None:
         return True
-    return bool(np.allclose(image.affine, other.affine, rtol=0, atol=AFFINE_TOLERANCE_MM))
+    corners = np.array([*itertools.product(*((0, length - 1) for length in image.array.shape[1:]))])
+    apart = image.affine - other.affine
+    apart_mm = np.linalg.norm(corners @ apart[:3, :3].T + apart[:3, 3], axis=1).max()
+    spacing_mm = np.linalg.norm(image.affine[:3, :3], axis=0).min()
+    return bool(apart_mm <= AFFINE_TOLERANCE * spacing_mm)
 
 
 def _grey(array: np.ndarray) -> np.ndarray:

@@ -55,6 +55,7 @@ REMEDIES: Mapping[str, str] = {
     "truncated": "the file is cut off; copy or export it again",
     "excess_pixels": "the file holds more pixels than its header says; copy or export it again",
     "unreadable": "the file is damaged; export it again",
+    "out_of_memory": "no memory was left for it when it was checked; free some, and check again",
     "too_slow": "decoding does not end; export it again uncompressed",
     # DICOM
     "no_pixel_data": "a DICOM header without an image; retrieve the study again",
@@ -98,10 +99,17 @@ REMEDIES: Mapping[str, str] = {
 NOT_BROKEN = ("withdrawn", "unknown_label")
 """Nothing bad of the data: a patient's own wish, and a label that one plan does not ask for."""
 
+BY_PLAN = (
+    *("bad_value", "three_dimensional", "two_dimensional", "bad_mask"),
+    *("no_contrast", "no_spacing", "no_foreground", "too_large"),
+)
+"""What a plan's wishes can bring about. ``too_many_unusable`` leaves without a charge: whoever writes plans
+must not be able to ask with it how many cases are of some size or value."""
+
 
 def fraction(reasons: Mapping[str, int], *, offered: int) -> float:
-    """Returns the part of the offered cases that is unusable; those that are not broken count nowhere."""
-    aside = sum(reasons.get(code, 0) for code in NOT_BROKEN)
+    """Returns the part of the offered cases that is broken, whatever a plan asks; others count nowhere."""
+    aside = sum(reasons.get(code, 0) for code in (*NOT_BROKEN, *BY_PLAN))
     return (sum(reasons.values()) - aside) / max(1, offered - aside)
 
 

@@ -27,6 +27,7 @@ OTHER_BYTE = {  # on a little-endian machine
     **{"RGBA;16B": "RGBA;16L", "RGBA;16L": "RGBA;16B", "RGBA;16N": "RGBA;16B"},
 }
 ALPHA = ("LA", "RGBA", "PA")
+NUMBERED = ("1", "P")
 
 
 def is_raster(content: bytes) -> bool:
@@ -40,11 +41,14 @@ def stated(content: bytes) -> dict[str, Any]:
     return {"size": picture.size, "num_channels": len(picture.getbands())}
 
 
-def read(content: bytes) -> Image:
+def read(content: bytes, *, mask: bool = False) -> Image:
     """Decodes PNG, JPEG or TIFF: grey with 1 to 16 bits, palette, RGB with 8 or 16 bits a channel.
 
     An alpha channel is dropped where it is opaque everywhere and refused otherwise, since what lies
     behind is unknown. Orientation (EXIF) is applied. What the formats have of checksums is verified.
+
+    Args:
+        mask: return the numbers of a palette's colours, and 1 for a bit that is set.
 
     Raises:
         UnusableCase: see the codes in ``client/quarantine.py``.
@@ -55,20 +59,27 @@ def read(content: bytes) -> Image:
     check_size((picture.height, picture.width))
     _check_whole(content, picture)
     isolated = picture.format == "TIFF" and picture.info.get("compression") != "raw"
-    return Image(array=decoder.stored_pixels(content) if isolated else pixels(content), spacing_mm=None)
+    read_pixels = decoder.stored_pixels if isolated else pixels
+    return Image(array=read_pixels(content, mask=mask), spacing_mm=None)
 
 
-def pixels(content: bytes) -> np.ndarray:
-    """Returns the channels of a picture, float32, (1 or 3, rows, columns)."""
+def pixels(content: bytes, *, mask: bool = False) -> np.ndarray:
+    """Returns the channels of a picture, float32, (1 or 3, rows, columns); see ``read``."""
     picture: Any = Pillow.open(io.BytesIO(content), formats=("PNG", "JPEG", "TIFF"))
     inverted = picture.format == "TIFF" and picture.mode == "I;16" and picture.tag_v2.get(PHOTOMETRIC) == 0
     if picture.tile and _raw_mode(picture) in OTHER_BYTE:
         array = _sixteen_bits(content)
     else:
-        array = _eight_bits(picture)
+        array = _numbers(picture) if mask and picture.mode in NUMBERED else _eight_bits(picture)
     if inverted:  # white is zero; Pillow turns this round for 8 bits only
         array = np.float32(2**16 - 1) - array
     return array
+
+
+def _numbers(picture: Any) -> np.ndarray:
+    """Returns the number of each pixel's colour, or its bit, float32; transparency says nothing of them."""
+    picture.load()
+    return np.asarray(ImageOps.exif_transpose(picture)).astype(np.float32)[None]
 
 
 def _eight_bits(picture: Any) -> np.ndarray:

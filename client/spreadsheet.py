@@ -137,7 +137,7 @@ def _excel(path: Path, *, sheet: str | None) -> tuple[list[str], Iterator[Sequen
 
     book = load_workbook(path, read_only=True, data_only=True)
     if sheet is not None and sheet not in book.sheetnames:
-        raise DataError(f"Expected a sheet {sheet!r} in {path}, found {book.sheetnames}.")
+        raise DataError(f"Expected a sheet {sheet!r} in {path}, found {len(book.sheetnames)} others.")
     chosen = book[sheet] if sheet is not None else book.worksheets[0]
     body = chosen.iter_rows(values_only=True)
     return [text(cell) for cell in next(body, ())], body
@@ -172,9 +172,8 @@ def _check_header(
 
 
 def _named(header: Sequence[str], columns: Sequence[str]) -> str:
-    """Says what a table begins with; without a column that is wanted it may begin with a patient's row."""
+    """Says what a table begins with; it may be a patient's row, so nothing of it but what was asked for."""
     if not header:
         return "an empty file"
-    if not set(header) & set(columns):
-        return f"a first line of {len(header)} other fields"
-    return ",".join(header)[:200]
+    known = [name for name in columns if name in header]
+    return f"{len(header)} columns, of which {known} are asked for" if known else f"{len(header)} others"

@@ -7,24 +7,22 @@ files. It only spares time: damaged or deleted, it is made anew.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
 import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from client import content, files, sight
+from client import content, crew, files, sight
 from client.case import Case
 from client.sight import Sight
 from client.site import Site
 from common.errors import UnusableCase
 
-FORMAT = 1  # changes with whatever a sight is made of
+FORMAT = 2  # changes with whatever a sight is made of
 CHUNK = 64
 FEW = 256  # cases, for which it is not worth while to start processes
 MOST_PROCESSES = 8
@@ -102,10 +100,8 @@ def _looked(cases: Sequence[Case], *, directory: Path) -> Iterator[Seen]:
     if processes == 1 or len(cases) <= FEW:
         yield from itertools.chain.from_iterable(map(look, _chunks(cases)))
         return
-    # The server that forks them starts as a fresh interpreter: ours has threads.
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        yield from itertools.chain.from_iterable(pool.map(look, _chunks(cases)))
+    for seen in crew.done(look, _chunks(cases), processes=processes):
+        yield from seen
 
 
 def _chunks(cases: Sequence[Case]) -> Iterable[list[Case]]:
@@ -121,6 +117,8 @@ def _of(case: Case, *, directory: Path) -> Sight | str:
         return sight.look(case, directory=directory)
     except UnusableCase as error:
         return error.code
+    except MemoryError:  # the others can be looked at; and this one the next time, since codes are not kept
+        return "out_of_memory"
 
 
 def _before(case: Case, *, kept: sqlite3.Connection, directory: Path) -> Sight | None:

@@ -12,6 +12,7 @@ import logging
 import logging.handlers
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 import threading
@@ -24,6 +25,7 @@ from typing import Any, Final
 
 from flwr.app import Context, Error, Message
 
+from client import crew
 from client import log as log_lines
 from common import flower
 from common.errors import DeploymentError
@@ -72,17 +74,25 @@ class Worker:
         app: object reference of the ClientApp, ``module:attribute``.
         context: how processes start (fork server or spawn; never fork, which copies open connections).
         threads: number of torch threads of the process.
+        memory_bytes: the most data that the process may hold in memory; None for no limit.
         log: where the process writes what went wrong, tracebacks included; None is standard error.
     """
 
     def __init__(
-        self, app: str = DEFAULT_APP, *, context: BaseContext, threads: int, log: Path | None = None
+        self,
+        app: str = DEFAULT_APP,
+        *,
+        context: BaseContext,
+        threads: int,
+        memory_bytes: int | None = None,
+        log: Path | None = None,
     ) -> None:
         if context.get_start_method() == "fork":
             raise ValueError("Expected a multiprocessing context of forkserver or spawn, found fork.")
         self._app = app
         self._context = context
         self._threads = threads
+        self._memory_bytes = memory_bytes
         self._log = log
         self._process: Any = None
         self._connection: Connection | None = None
@@ -194,7 +204,7 @@ class Worker:
 
     def _begin(self) -> None:
         self._connection, theirs = multiprocessing.Pipe()
-        arguments = (theirs, self._app, self._threads, self._log)
+        arguments = (theirs, self._app, self._threads, self._memory_bytes, self._log)
         self._process = self._context.Process(target=_serve, args=arguments, daemon=True)  # type: ignore[attr-defined]
         self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
@@ -226,17 +236,21 @@ def load(reference: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def _serve(connection: Connection, reference: str, threads: int, log: Path | None) -> None:
+def _serve(
+    connection: Connection, reference: str, threads: int, memory_bytes: int | None, log: Path | None
+) -> None:
     """Main function of the child process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the parent decides
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+    threading.Thread(target=crew.die_with_parent, daemon=True).start()
     handler = logging.StreamHandler() if log is None else logging.handlers.WatchedFileHandler(log)
     # force: what the fork server has imported (Opacus) may have set up the log already
     handler.setFormatter(log_lines.Formatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("feverfew").setLevel(logging.INFO)
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    if memory_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
     app = _load_or_none(reference)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
@@ -273,11 +287,3 @@ def _answer(app: Any, message: Message, context: Context) -> Message:
         logger.error("the client app returned %s instead of a message", type(reply).__name__)
         return error_reply(message, APP_FAILED)
     return reply
-
-
-def _die_with_parent() -> None:
-    """Ends this process when the one that started it is gone, in the middle of training too."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-    os._exit(1)

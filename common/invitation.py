@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common import certificates, keys
 from common.errors import ConfigError
+from common.settings import tree_of
 
 
 class Invitation(BaseModel):
@@ -52,8 +52,8 @@ class Invitation(BaseModel):
             ConfigError: not these keys.
         """
         try:
-            return cls.model_validate(yaml.safe_load(text))
-        except (yaml.YAMLError, ValidationError):
+            return cls.model_validate(tree_of(text))
+        except (ConfigError, ValidationError):
             raise ConfigError(
                 "Expected an invitation with the keys address (host:port), certificate and site_certificate, "
                 "found other text; ask the coordinator for the file that feverfew-server enroll has written."

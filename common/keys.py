@@ -101,6 +101,21 @@ def public_pem(key: PublicKey) -> bytes:
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 
 
+def from_pem(pem: bytes) -> PublicKey:
+    """Returns the P-384 public key in a PEM text.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    try:
+        key = serialization.load_pem_public_key(pem)
+    except (ValueError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP384R1):
+        raise ConfigError("Expected a P-384 public key (PEM), found something else.")
+    return key
+
+
 def fingerprint(key: PublicKey) -> str:
     """Returns the short form of a public key that two people compare on the telephone."""
     der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)

@@ -1,4 +1,4 @@
-"""Verbs of the coordinator: ``feverfew-server init|enroll|revoke|start|plan|submit|status``."""
+"""Verbs of the coordinator: ``feverfew-server init|enroll|revoke|start|plan|submit|stop|trail|status``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import logging
 import sys
 from pathlib import Path
 
+from common import seal
 from common.command import exit_code
 from common.config import compose_plan
-from common.errors import DataError
+from common.errors import DataError, UserError
 from common.plan import Plan
-from server import enrolment, submission
+from server import enrolment, pack, submission
+from server import trail as trails
 from server.home import create_home, open_home
 from server.progress import Progress
 from server.status import Status, status
@@ -64,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("home", type=Path)
     submit.add_argument("plan", type=Path, help="a plan as JSON")
     submit.add_argument("--run", help="our id of the run; an earlier one goes on (default: a new one)")
+    submit.add_argument(
+        "--export",
+        type=Path,
+        metavar="FILE",
+        help="start nothing: write what would be sent, for hospitals to approve, and keep it for this run",
+    )
     submit.add_argument("--follow", action=argparse.BooleanOptionalAction, default=True)
     submit.add_argument("--json", action="store_true", help="print the outcome as JSON on standard output")
     submit.set_defaults(verb=_submit)
@@ -72,6 +80,19 @@ def _parser() -> argparse.ArgumentParser:
     stop.add_argument("home", type=Path)
     stop.add_argument("run", help="our id of the run")
     stop.set_defaults(verb=_stop)
+
+    trail = verbs.add_parser("trail", help="prove that the logs of what was done are unbroken, or export one")
+    actions = trail.add_subparsers(required=True, metavar="ACTION")
+    verify = actions.add_parser("verify", help="check every line and every signature")
+    verify.add_argument("path", type=Path, help="a coordinator's directory, or a pack that was exported")
+    verify.add_argument("--run", help="of this run only (default: the coordinator's own and all runs')")
+    verify.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    verify.set_defaults(verb=_verify)
+    export = actions.add_parser("export", help="write the pack of a run for a data-protection officer")
+    export.add_argument("home", type=Path)
+    export.add_argument("run", help="our id of the run")
+    export.add_argument("--output", type=Path, required=True, metavar="FILE.zip")
+    export.set_defaults(verb=_export)
 
     show = verbs.add_parser("status", help="show processes, sites and runs")
     show.add_argument("home", type=Path)
@@ -85,6 +106,7 @@ def _init(arguments: argparse.Namespace) -> int:
     home = create_home(arguments.home, host=arguments.host, port=arguments.port, internal_port=internal_port)
     print(f"made {home.directory} for a gateway at {home.invitation.address}")
     print(f"the fingerprint of its certificate is {home.invitation.fingerprint}")
+    print(f"the fingerprint of the key that signs its trails is {trails.fingerprint(home)}")
     return 0
 
 
@@ -133,6 +155,14 @@ def _submit(arguments: argparse.Namespace) -> int:
     home = open_home(arguments.home)
     plan = Plan.from_json(_text(arguments.plan))
     run = arguments.run or submission.new_run_id()
+    if arguments.export is not None:
+        submission.reserve(home, plan.to_json(), run)
+        arguments.export.write_text(plan.to_json(), encoding="utf-8")
+        if arguments.json:
+            print(json.dumps({"run": run, "plan_hash": plan.hash}))
+        begin = f"feverfew-server submit {home.directory} {arguments.export} --run {run}"
+        print(f"wrote plan {plan.hash} to {arguments.export}; begin with: {begin}", file=sys.stderr)
+        return 0
     submitted = submission.submit(home, plan.to_json(), run)
     print(f"run {run} of plan {plan.hash[:12]} was submitted", file=sys.stderr)
     if not arguments.follow:
@@ -154,6 +184,26 @@ def _submit(arguments: argparse.Namespace) -> int:
 def _stop(arguments: argparse.Namespace) -> int:
     submission.stop(open_home(arguments.home), arguments.run)
     print(f"run {arguments.run} was stopped")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    path: Path = arguments.path
+    if pack.is_pack(path):
+        if arguments.run is not None:
+            raise UserError("Expected --run with a coordinator's directory, found it with a pack.")
+        findings = pack.verify(path)
+        print(f"the key of this pack is {pack.fingerprint(path)}; is it the coordinator's?", file=sys.stderr)
+    else:
+        findings = trails.verify(open_home(path), run=arguments.run)
+    return seal.report(findings, as_json=arguments.json)
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    home = open_home(arguments.home)
+    found = pack.export(home, arguments.run, output=arguments.output)
+    print(found.to_text())
+    print(f"wrote {arguments.output}; it is signed by the key {trails.fingerprint(home)}")
     return 0
 
 

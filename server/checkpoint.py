@@ -41,10 +41,14 @@ class RoundRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Attendance:
-    """What became of the tasks of one site; ``problems`` counts rejected and missing replies by code."""
+    """What became of the tasks of one site; ``problems`` counts rejected and missing replies by code.
+
+    ``away`` counts the tasks that were sent again because the site had gone before it answered.
+    """
 
     valid: int = 0
     late: int = 0
+    away: int = 0
     rejected: int = 0
     missing: int = 0
     training_tasks: int = 0
@@ -65,7 +69,10 @@ class Attendance:
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """The state of a run after ``server_round`` rounds. parameters: float32, (num_parameters,)."""
+    """The state of a run after ``server_round`` rounds. parameters: float32, (num_parameters,).
+
+    ``waiting_since``: the sites that wait for a person's approval, and when they said so first (UTC).
+    """
 
     run: str
     plan_hash: str
@@ -75,6 +82,7 @@ class RunState:
     rounds: tuple[RoundRecord, ...] = ()
     sites: dict[str, Prepared] = field(default_factory=dict)
     attendance: dict[str, Attendance] = field(default_factory=dict)
+    waiting_since: dict[str, str] = field(default_factory=dict)
 
 
 def save_state(directory: Path, state: RunState) -> None:
@@ -144,7 +152,7 @@ def _load(path: Path) -> RunState | None:
             for name, entry in tree["attendance"].items()
         }
         return RunState(parameters=parameters.astype(np.float32, copy=False), **tree)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
 
 

@@ -20,7 +20,7 @@ import httpx
 
 from common.flower import refusal_text
 from common.trail import Trail
-from server import bundle, checkpoint, process
+from server import bundle, checkpoint, enrolment, process, trail
 from server.control import Control, FlowerRun
 from server.home import Home
 from server.run_record import EVENTS, PLAN, End, RunRecord, Submission, open_runs
@@ -49,6 +49,7 @@ class Dispatch:
     """Looks after the open runs of a coordinator; in a thread of its own while the supervisor lives."""
 
     home: Home
+    _knows_sites: bool = True
     _due: dict[str, float] = field(default_factory=dict)
     _asked: dict[str, float] = field(default_factory=dict)
 
@@ -67,6 +68,8 @@ class Dispatch:
 
     def look(self) -> None:
         """Starts what was never started, and what was lost."""
+        if not self._knows_sites:  # the SuperLink's data base may be a new one
+            self._knows_sites = enrolment.settle_now(self.home)
         for record, submission in open_runs(self.home.runs):
             if submission.flower_run == 0:
                 self._start(record, submission)
@@ -77,6 +80,9 @@ class Dispatch:
 
     def restarted(self, name: str) -> None:
         """Tells every open run that a process of the coordinator was started again."""
+        if name == "superlink":
+            self._knows_sites = False
+        trail.record_if_possible(self.home, "restarted", process=name)
         for record, _ in open_runs(self.home.runs):
             _trail(record).record("restarted", process=name)
 
@@ -91,12 +97,14 @@ class Dispatch:
             return False
         self._asked[record.run] = now
         with self.home.control() as control:
-            return any(run.is_finished for run in control.runs(submission.flower_run))
+            return _is_over(control, submission.flower_run)
 
     def _note_loss(self, record: RunRecord, submission: Submission) -> None:
         reached = checkpoint.newest_round(record.directory / "checkpoints")
         lives = 0 if reached > submission.server_round else submission.lives
         if lives >= MAX_LIVES:
+            _trail(record).record("given_up", lives=lives)
+            trail.sign_run(self.home, record.run)
             record.finish(End(status="failed", message=self._why(submission)))
             logger.error("run %s was started %d times in vain and is given up", record.run, lives)
             return
@@ -154,6 +162,16 @@ def watch(dispatch: Dispatch, stop: threading.Event) -> Callable[[], None]:
         thread.join(ASK_SECONDS)
 
     return end
+
+
+def _is_over(control: Control, flower_run: int) -> bool:
+    """Says whether one of Flower's runs has ended, or is not known any more."""
+    try:
+        return all(run.is_finished for run in control.runs(flower_run))
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code == 404:
+            return True
+        raise
 
 
 def _unfinished(control: Control, run: str) -> list[FlowerRun]:

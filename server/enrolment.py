@@ -18,6 +18,7 @@ from common import certificates, keys
 from common.certificates import Certificate
 from common.errors import ConfigError, UserError
 from common.invitation import Invitation
+from server import trail
 from server.control import Control
 from server.denied import denied, deny
 from server.home import Home
@@ -111,6 +112,8 @@ def _sign(home: Home, name: str, key: keys.PublicKey) -> Enrolled:
     path = home.sites / f"{name}.{number}.crt"
     with path.open("x", encoding="ascii") as file:
         file.write(certificates.to_pem(certificate))
+    trail.record(home, "enrolled", site=name, key=keys.fingerprint(key))
+    trail.sign(home)
     return Enrolled(path=path, certificate=certificate)
 
 
@@ -140,6 +143,8 @@ def _end(home: Home, sites: Sequence[Enrolled], *, why: Literal["revoked", "reti
     for site in sites:
         deny(home.denied, [site.fingerprint], site=site.name, why=why)  # first: from here on it holds
         site.path.rename(site.path.with_suffix(f".{why}"))
+        trail.record(home, why, site=site.name, key=site.fingerprint)
+    trail.sign(home)
 
 
 def settle(home: Home, control: Control) -> list[str]:

@@ -12,13 +12,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common import certificates, keys
 from common.certificates import SERVER_DAYS
 from common.errors import ConfigError, UserError
 from common.invitation import Invitation
+from common.settings import tree_of
 from common.value import first_problem
 from server.control import Control
 from server.denied import HEADER
@@ -37,6 +37,7 @@ class CoordinatorSettings(BaseModel):
     port: Port
     bind: str
     internal_port: Port
+    monitor_port: Port | None
     certificate_days: Annotated[float, Field(gt=0, le=SERVER_DAYS)]
 
 
@@ -62,6 +63,11 @@ class Home:
     @property
     def server_key(self) -> Path:
         return self.directory / "private" / "server.key"
+
+    @property
+    def trail_key(self) -> Path:
+        """Signs trails and nothing else; made at the first use."""
+        return self.directory / "private" / "trail.key"
 
     @property
     def superexec_secret(self) -> Path:
@@ -136,7 +142,7 @@ def create_home(directory: Path, *, host: str, port: int, internal_port: int) ->
         raise UserError(f"Expected no {directory}, found one; a coordinator's keys are never overwritten.")
     bind = host if _is_loopback(host) else "0.0.0.0"
     text = _template().format(host=host, port=port, bind=bind, internal_port=internal_port)
-    settings = _settings(_tree(text, path=directory / SETTINGS))
+    settings = _settings(tree_of(text))
     building = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
     building.mkdir(mode=0o700, parents=True)
     try:
@@ -160,20 +166,13 @@ def open_home(directory: Path) -> Home:
             f"Expected a coordinator's directory at {directory}, found none; make one with "
             f"feverfew-server init {directory} --host NAME"
         )
-    settings = _settings(_tree(path.read_text(encoding="utf-8"), path=path))
+    settings = _settings(tree_of(path.read_bytes()))
     # Absolute, since the coordinator's processes run in a directory of their own.
     return Home(directory=directory.resolve(), settings=settings)
 
 
 def _template() -> str:
     return resources.files("conf").joinpath("coordinator.yaml").read_text(encoding="utf-8")
-
-
-def _tree(text: str, *, path: Path) -> object:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"Expected YAML in {path}, found something else.") from None
 
 
 def _settings(tree: object) -> CoordinatorSettings:

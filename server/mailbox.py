@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
-from common.flower import ErrorCode
+from common.flower import UNREADABLE, ErrorCode
 from server.addresses import Addresses
 
 _SHORTEST_PAUSE_SECONDS = 0.002
@@ -17,6 +17,8 @@ _LONGEST_PAUSE_SECONDS = 0.25
 _PAUSE_FRACTION = 0.02  # of the time waited so far: what polling may add to a round
 _PAUSE_TO_POLL = 2.0  # of the time that the last look took: polling must not keep the SuperLink from its work
 _PUSH_AGAIN_SECONDS = 1.0
+NOT_READABLE = 1000
+"""The code of the error that stands for a reply whose parts are not what they say they are."""
 # What Flower answers itself when a node was away: the task is lost, the site may be back.
 _LOST = {ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE}
 
@@ -38,7 +40,8 @@ class Mailbox:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self.addresses = Addresses(grid)
-        self._overdue: dict[str, Late] = {}
+        self._overdue: dict[str, Message] = {}
+        self._lost: list[int] = []
 
     def ask(
         self, messages: Sequence[Message], *, deadline_seconds: float
@@ -53,12 +56,15 @@ class Mailbox:
         yield from self._refused(messages, pending)
         again: dict[int, tuple[float, Message]] = {}  # by node: when to push what a second time
         start = time.monotonic()
-        end = start + deadline_seconds
-        while (pending or again) and time.monotonic() < end:
+        is_last_look = False
+        while (pending or again) and not is_last_look:
             arrived = False
             began = time.monotonic()
+            # Flower waits for the rest of a reply that was begun, while those of others lie ready: all get a
+            # look after the deadline.
+            is_last_look = began >= start + deadline_seconds
             for message_id, message in list(pending.items()):
-                reply = self._pull(message_id)
+                reply = self._pull(message_id, message)
                 if reply is None:
                     continue
                 arrived = True
@@ -66,35 +72,42 @@ class Mailbox:
                 if reply.has_error() and reply.error.code in _LOST:
                     node = message.metadata.dst_node_id
                     again[node] = (time.monotonic() + _PUSH_AGAIN_SECONDS, message)
+                    self._lost.append(node)
                     continue
                 yield message.metadata.dst_node_id, reply
                 del reply
             due = [node for node, (when, _) in again.items() if when <= time.monotonic()]
-            if due:
+            if due and not is_last_look:
                 fresh = [self._readdressed(again.pop(node)[1]) for node in due]
                 pushed = self._push(fresh)
                 yield from self._refused(fresh, pushed)
                 pending |= pushed
-            if not arrived:
+            if not arrived and not is_last_look:
                 now = time.monotonic()
                 pause = max((now - start) * _PAUSE_FRACTION, (now - began) * _PAUSE_TO_POLL)
                 time.sleep(min(max(pause, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS))
         for message_id, message in pending.items():
             metadata = message.metadata
-            self._overdue[message_id] = Late(node=metadata.dst_node_id, group=metadata.group_id)
+            self._overdue[message_id] = message
             yield metadata.dst_node_id, None
         for node in again:
             yield node, None
 
+    def lost(self) -> list[int]:
+        """Returns the nodes that were away when a task was for them, once for each task, and forgets them."""
+        found, self._lost = self._lost, []
+        return found
+
     def late(self) -> list[Late]:
         """Returns the replies to earlier messages that have come since, and forgets them."""
         found = []
-        for message_id, late in list(self._overdue.items()):
-            reply = self._pull(message_id)
+        for message_id, message in list(self._overdue.items()):
+            reply = self._pull(message_id, message)
             if reply is not None:
                 del self._overdue[message_id]
                 if not reply.has_error():
-                    found.append(late)
+                    metadata = message.metadata
+                    found.append(Late(node=metadata.dst_node_id, group=metadata.group_id))
         return found
 
     def _push(self, messages: Sequence[Message]) -> dict[str, Message]:
@@ -113,8 +126,12 @@ class Mailbox:
             if message.metadata.dst_node_id not in taken:
                 yield message.metadata.dst_node_id, None
 
-    def _pull(self, message_id: str) -> Message | None:
-        return next(iter(self._grid.pull_messages([message_id])), None)
+    def _pull(self, message_id: str, message: Message) -> Message | None:
+        """Returns the first reply to a message; further ones are never looked at."""
+        try:
+            return next(iter(self._grid.pull_messages([message_id])), None)
+        except UNREADABLE:  # one site's broken reply must not end the run of all
+            return Message(Error(code=NOT_READABLE, reason="unreadable"), reply_to=message)
 
 
 def _copy(message: Message, *, node: int) -> Message:

@@ -19,6 +19,7 @@ from server.home import LOOPBACK, Home
 TASK_POLL_SECONDS: Final = 0.25
 RUN_DIRECTORY: Final = "FEVERFEW_RUN_DIRECTORY"
 HEADS_DIRECTORY: Final = "FEVERFEW_HEADS_DIRECTORY"
+TRAIL_KEY: Final = "FEVERFEW_TRAIL_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,11 @@ class Service:
     name: str
     command: tuple[str, ...]
     is_ready: Callable[[], bool]
+
+
+def pid_file(home: Home, name: str) -> Path:
+    """Where a process of the coordinator is noted."""
+    return home.state / f"{name}.pid"
 
 
 def services(home: Home) -> tuple[Service, ...]:
@@ -76,6 +82,7 @@ def environment(home: Home) -> dict[str, str]:
         "NO_PROXY": f"{LOOPBACK},localhost",
         RUN_DIRECTORY: str(home.runs / "{run}"),
         HEADS_DIRECTORY: str(home.heads),
+        TRAIL_KEY: str(home.trail_key),
     }
 
 

@@ -14,7 +14,7 @@ from server.control import Node
 from server.home import Home
 from server.process import Identity
 from server.run_record import SUBMISSION, RunRecord
-from server.supervisor import pid_file
+from server.services import pid_file
 
 PROCESSES = ("supervisor", "superlink", "superexec", "gateway")
 OFFLINE = "offline"

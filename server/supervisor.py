@@ -11,19 +11,20 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import httpx
 from filelock import FileLock, Timeout
 
+from common import monitor
 from common.errors import DeploymentError, UserError
-from server import enrolment, process
+from server import enrolment, flower_state, process, trail
 from server.dispatch import Dispatch, watch
 from server.home import Home
 from server.process import Identity
 from server.run_record import open_runs
-from server.services import Service, environment, services
+from server.services import Service, environment, pid_file, services
+from server.vitals import Vitals
 
 logger = logging.getLogger("feverfew.supervisor")
 
@@ -35,11 +36,6 @@ HEALTHY_SECONDS: Final = 60.0
 """After so long a life the pause before a restart is short again; it doubles with each death before that."""
 KEYS_SECONDS: Final = 30.0
 """How often it is looked, while a site changes its key, whether the former one can be retired."""
-
-
-def pid_file(home: Home, name: str) -> Path:
-    """Where a process of the coordinator is noted."""
-    return home.state / f"{name}.pid"
 
 
 @dataclass(kw_only=True)
@@ -59,12 +55,14 @@ class Supervisor:
 
     home: Home
     _dispatch: Dispatch = field(init=False)
+    _vitals: Vitals = field(init=False)
     _supervised: list[Supervised] = field(default_factory=list)
     _stopping: bool = False
     _looked_at_keys: float = 0.0
 
     def __post_init__(self) -> None:
         self._dispatch = Dispatch(home=self.home)
+        self._vitals = Vitals(self.home)
 
     def run(self, *, say: Callable[[str], None] = print) -> None:
         """Starts everything, watches it, ends it after SIGTERM or SIGINT.
@@ -88,6 +86,7 @@ class Supervisor:
         identity = Identity.of(os.getpid())
         assert identity is not None
         identity.write(pid_file(self.home, "supervisor"))
+        trail.record_if_possible(self.home, "started")
         try:
             self._end_leftovers()
             for service in services(self.home):
@@ -102,15 +101,27 @@ class Supervisor:
                 say(f"{service.name} is ready (pid {self._supervised[-1].process.pid})")
             else:
                 say(f"coordinator is ready at {self.home.settings.host}:{self.home.settings.port}")
-            end_dispatch = watch(self._dispatch, threading.Event())
+            end_dispatch, end_monitor = watch(self._dispatch, threading.Event()), self._monitor()
             while not self._stopping:
                 self._look_after()
                 self._retire_keys()
                 time.sleep(LOOK_SECONDS)
+            end_monitor()
             end_dispatch()
         finally:
             self._end_all(say)
             pid_file(self.home, "supervisor").unlink(missing_ok=True)
+            trail.record_if_possible(self.home, "stopped")
+            trail.sign(self.home)
+
+    def _monitor(self) -> Callable[[], None]:
+        port = self.home.settings.monitor_port
+        if port is None:
+            return lambda: None
+        return monitor.serve(port, self._vitals.registry, is_ready=self._is_ready)
+
+    def _is_ready(self) -> bool:
+        return all(one.due is None and one.service.is_ready() for one in self._supervised)
 
     def _note_signal(self, *_: Any) -> None:
         self._stopping = True
@@ -131,6 +142,8 @@ class Supervisor:
                 self._settle()
 
     def _start(self, service: Service) -> Supervised:
+        if service.name == "superlink":
+            self._look_at_state()
         workplace = self.home.state / "empty"  # Flower's programs import from their working directory
         workplace.mkdir(mode=0o700, exist_ok=True)
         with (self.home.logs / f"{service.name}.log").open("ab") as log:
@@ -147,6 +160,15 @@ class Supervisor:
         if identity is not None:
             identity.write(pid_file(self.home, service.name))
         return Supervised(service=service, process=child, begun=time.monotonic())
+
+    def _look_at_state(self) -> None:
+        aside = flower_state.set_aside_if_damaged(self.home.state / "superlink.db")
+        if aside is not None:
+            logger.error(
+                "Expected a whole data base of the SuperLink, found a damaged one, which is %s now; sites "
+                "and open runs are made known to a new one.",
+                aside,
+            )
 
     def _wait_until_ready(self, supervised: Supervised) -> None:
         service = supervised.service
@@ -180,6 +202,7 @@ class Supervisor:
                 self._supervised[place] = fresh
                 logger.warning("%s was started again (pid %d)", supervised.service.name, fresh.process.pid)
                 self._dispatch.restarted(supervised.service.name)
+                self._vitals.restarts.labels(supervised.service.name).inc()
 
     def _plan_restart(self, supervised: Supervised, *, code: int, now: float) -> None:
         lived = now - supervised.begun

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Message
 
 from client import agent as agents
-from client import patience, skeleton
+from client import patience, skeleton, trail
 from client.agent import Agent, open_agent
 from client.fleet import Task, without_superseded
 from client.patience import is_temporary
@@ -19,6 +19,7 @@ from client.site import Site, open_site
 from client.worker import Worker, forkserver
 from common import flower
 from common.errors import DeploymentError, UserError
+from common.trail import read
 from tests import tiny
 
 CONTEXT = forkserver(preload=["tests.tiny", "client.worker"])
@@ -360,3 +361,23 @@ def test_what_may_pass_is_told_from_what_will_not() -> None:
 def test_a_site_without_an_invitation_is_told_what_to_do(site: Site) -> None:
     with pytest.raises(UserError, match="--invitation"):
         open_agent(site)
+
+
+def test_the_trail_tells_when_the_agent_began_what_it_sent_and_what_it_could_not_send(
+    agent: Agent, fleet: ScriptedFleet, site: Site
+) -> None:
+    fleet.failures = {"push": [refused(403)]}
+    fleet.waiting = [tiny.task("train"), tiny.task("train.raises", server_round=2)]
+    run_until(agent, lambda: len(fleet.replies) == 1)
+    told = [
+        (event["event"], event.get("round"), event.get("outcome"))
+        for event in read(site.state / "events.jsonl")
+    ]
+    assert told == [
+        ("started", None, None),
+        ("not_sent", 1, "answered"),
+        ("sent", 2, "error: app_failed"),
+        ("stopped", None, None),
+        ("signed", None, None),
+    ]
+    assert trail.verify(site).signed_to == 5

@@ -120,6 +120,14 @@ def simulate(place: Path) -> dict[str, Any]:
     return report
 
 
+def site_report(site: Path) -> dict[str, Any]:
+    """Returns what the hospital itself is told of its only run."""
+    (run,) = [path.name for path in (site / "private" / "runs").iterdir() if path.is_dir()]
+    command = [str(Path(COMMAND).with_name("feverfew-client")), "used", str(site), "--run", run, "--json"]
+    (told,) = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return dict(told)
+
+
 @pytest.mark.slow
 def test_site_with_sixty_broken_studies_trains_the_model_of_one_that_never_had_them(tmp_path: Path) -> None:
     source = PhantomSource(
@@ -140,10 +148,15 @@ def test_site_with_sixty_broken_studies_trains_the_model_of_one_that_never_had_t
     kept = [row for row in rows_of(clean) if row["patient_id"] not in broken]
     write_rows(clean, kept)
     with_broken, without = simulate(tmp_path / "broken"), simulate(tmp_path / "clean")
-    told = with_broken["participation"][whole.name]
-    assert told["reasons"] == expected
-    assert told["offered"] == told["used"] + told["quarantined"] == len(rows_of(whole))
-    assert told["used"] == len(kept) == without["participation"][whole.name]["used"]
+    told, of_clean = site_report(whole), site_report(clean)
+    assert told["quarantined"] == expected and of_clean["quarantined"] == {}
+    assert told["offered"] == told["used"] + expected.total() == len(rows_of(whole))
+    assert told["used"] == len(kept) == of_clean["used"] == of_clean["offered"]
+    harness = with_broken["participation"][whole.name]
+    assert (harness["offered"], harness["used"], harness["reasons"]) == tuple(
+        told[name] for name in ("offered", "used", "quarantined")
+    )
+    assert without["participation"][clean.name]["used"] == len(kept)
     with (whole / "private" / "quarantine.csv").open(newline="") as stream:
         assert Counter(row["code"] for row in csv.DictReader(stream)) == expected
     model, other = (tmp_path / name / "run" / "model.safetensors" for name in ("broken", "clean"))

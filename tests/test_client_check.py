@@ -19,6 +19,7 @@ from client.findings import Level
 from client.report import progress, render, report
 from client.site import Site, open_site
 from common import keys
+from common.errors import DataError
 from common.exchange import Task
 from tests import scans
 from tests.plans import asked, plan
@@ -301,3 +302,15 @@ def test_command_decides_and_refuses_what_it_does_not_know(
     assert code == 0 and json.loads(refused)["used"] == 22
     code, _, told = run("--keep", "constant")
     assert code == 2 and "Expected a code" in told
+
+
+@pytest.mark.parametrize("cells", ["long", "many"])
+def test_label_column_that_holds_no_classes_is_named_by_numbers_alone(tmp_path: Path, cells: str) -> None:
+    site = make_site(tmp_path / "site")
+    texts = ["Wolkenstein " * 8] * 3 if cells == "long" else [f"Wolkenstein {n}" for n in range(1001)]
+    lines = ["image,label,patient_id", *(f"{n}.png,{text},P{n}" for n, text in enumerate(texts))]
+    (site.directory / "cases.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(DataError) as caught:
+        inspection.usual(site)
+    assert "Wolkenstein" not in str(caught.value)
+    assert ("95" if cells == "long" else "1001") in str(caught.value)

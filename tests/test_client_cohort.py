@@ -4,10 +4,12 @@ import csv
 import hashlib
 import hmac
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,13 @@ import pytest
 import yaml
 from PIL import Image as Pillow
 
-from client import cache, frozen, images, skeleton, split
+from client import cache, frozen, images, making, skeleton, split
 from client import preprocessing as preparing
 from client.case import Case, Refused
 from client.cohort import Cohort, freeze, open_cohort
 from client.site import Site, Split, open_site
 from common import keys
-from common.errors import ConfigError, DataError, StateError, UnusableCase, UserError
+from common.errors import ConfigError, DataError, StateError, UserError
 from tests.plans import asked
 
 CLASSES = ("normal", "opacity")
@@ -317,17 +319,124 @@ def pair(number: int) -> np.ndarray:
     return np.array(([number, number],), PAIR)
 
 
-def test_transient_refusal_is_not_kept(tmp_path: Path) -> None:
-    def first(position: int) -> np.ndarray:
-        if position == 1:
-            raise UnusableCase("too_slow")
-        return pair(position)
+def open_pairs(directory: Path, decode: Callable[[int], np.ndarray | str]) -> cache.Store:
+    return cache.open_store(
+        directory,
+        lock=directory.with_name("lock"),
+        keys=["a", "b", "c"],
+        dtype=PAIR,
+        decode=lambda positions: map(decode, positions),
+        fits=lambda _: True,
+    )
 
-    names = ["a", "b", "c"]
-    store = cache.open_store(tmp_path / "s", keys=names, dtype=PAIR, decode=first)
+
+def test_transient_refusal_is_not_kept(tmp_path: Path) -> None:
+    store = open_pairs(tmp_path / "s", lambda n: "too_slow" if n == 1 else pair(n))
     assert dict(store.refused) == {"b": "too_slow"} and store.records["image"][:, 0].tolist() == [0, 2]
-    store = cache.open_store(tmp_path / "s", keys=names, dtype=PAIR, decode=lambda n: pair(9))
+    store = open_pairs(tmp_path / "s", lambda n: pair(9))
     assert not store.refused and store.records["image"][:, 0].tolist() == [0, 9, 2]
+
+
+SLOW = """
+import sys, time
+from pathlib import Path
+from client import content, decoding, making
+from client.site import open_site
+from client.cohort import open_cohort
+from tests.test_client_cohort import ASKED
+
+making.CHECKPOINT_SECONDS, decoding.FEW, decoding.CHUNK = 0.0, 0, 2
+load = content.load
+
+
+def slow(*arguments, **named):
+    time.sleep(0.03)
+    return load(*arguments, **named)
+
+
+if __name__ == "__main__":
+    content.load = slow
+    open_cohort(open_site(Path(sys.argv[1])), asked=ASKED)
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_killed_decoding_goes_on_where_it_was_and_leaves_no_process(tmp_path: Path, threads: int) -> None:
+    site = make_site(tmp_path / "north", rows_of(200), threads=threads)
+    (site.directory / rows_of(200)[7][0]).write_bytes(b"not an image")
+    freeze(site)
+    process = subprocess.Popen([sys.executable, "-c", SLOW, str(site.directory)], start_new_session=True)
+    part = next(until(lambda: [one for one in site.cache.glob("*/part.json") if begun(one) >= 20]))
+    process.kill()
+    process.wait()
+    done = begun(part)
+    next(until(lambda: group_is_empty(process.pid)))
+    assert 20 <= done < 400
+    assert decoded(site) == 400 - done
+    assert not part.exists()
+    other = make_site(tmp_path / "fresh", rows_of(200))
+    (other.directory / rows_of(200)[7][0]).write_bytes(b"not an image")
+    assert same(opened(other), opened(site)) and opened(site).reasons == {"unknown_format": 1}
+
+
+def until(look: Callable[[], Any]) -> Iterator[Any]:
+    for _ in range(6000):
+        if found := look():
+            yield found[0] if isinstance(found, list) else found
+        time.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def begun(part: Path) -> int:
+    return len(json.loads(part.read_text())["outcomes"])
+
+
+def group_is_empty(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def two_pairs() -> Iterator[np.ndarray]:
+    yield from map(pair, range(2))
+    raise MemoryError
+
+
+@pytest.mark.parametrize("damage", ["records", "part", "other cases"])
+def test_what_is_damaged_or_of_other_cases_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    made = making.Making(records="records-0.npy")
+    monkeypatch.setattr(making, "CHECKPOINT_SECONDS", -1.0)
+    with pytest.raises(MemoryError):
+        making.write(tmp_path, two_pairs(), making=made, keys=["a", "b", "c"], dtype=PAIR)
+    resumed = making.resumed(tmp_path, keys=["a", "b", "c"], dtype=PAIR)
+    assert resumed == made and resumed.num_rows == 2
+    keys = ["a", "b", "c"]
+    if damage == "records":
+        path = tmp_path / "records-0.npy"
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    elif damage == "part":
+        (tmp_path / "part.json").write_text("{")
+    else:
+        keys = ["b", "a", "c"]
+    assert making.resumed(tmp_path, keys=keys, dtype=PAIR).outcomes == []
+
+
+def test_several_processes_make_the_same_bytes(tmp_path: Path) -> None:
+    one, two = (make_site(tmp_path / str(n), rows_of(140), threads=n) for n in (1, 2))
+    for site in (one, two):
+        (site.directory / rows_of(140)[7][0]).write_bytes(b"not an image")
+    assert same(opened(one), opened(two))
+    assert opened(one).reasons == opened(two).reasons == {"unknown_format": 1}
+    assert records(one) == records(two)
+
+
+def records(site: Site) -> bytes:
+    (path,) = site.cache.glob("*/records-*.npy")
+    return path.read_bytes()
 
 
 def test_names_and_ids_are_in_the_private_folder_only(site: Site) -> None:
@@ -341,7 +450,7 @@ def test_names_and_ids_are_in_the_private_folder_only(site: Site) -> None:
         content = path.read_bytes() + path.name.encode()
         assert not any(text in content for text in planted)
         assert path.stat().st_mode & 0o077 == 0
-    for directory in (site.private, site.cache, *(path for path in site.cache.iterdir())):
+    for directory in (site.private, site.cache, *(path for path in site.cache.iterdir() if path.is_dir())):
         assert directory.stat().st_mode & 0o777 == 0o700
     assert all(path.stat().st_mode & 0o077 == 0 for path in site.private.iterdir())
 

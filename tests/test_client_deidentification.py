@@ -194,7 +194,15 @@ def damaged_list(site: Site) -> None:
     path.write_text(path.read_text().replace("0.png", planted.LISTED["file"]))
 
 
-FAILURES = (headless, doubled_quote, not_utf8, damaged_history, damaged_list)
+def half_headless(site: Site) -> None:
+    """A header that has a name beside columns that are wanted, and lacks one."""
+    table = site.directory / "cases.csv"
+    lines = table.read_text().splitlines()
+    lines[0] = f"image,label,{planted.LISTED['patient']}"
+    table.write_text("\n".join(lines) + "\n")
+
+
+FAILURES = (headless, half_headless, doubled_quote, not_utf8, damaged_history, damaged_list)
 
 
 @pytest.mark.slow
@@ -212,6 +220,21 @@ def test_no_failure_of_the_sites_own_files_tells_a_name(
     asked.write_text(ASKED.to_json())
     told = command("feverfew-client", "check", site.directory, "--plan", asked, place=ROOT)
     assert told.returncode in (1, 2) and b"Expected" in told.stderr
+    assert planted.found(told.stdout + told.stderr + written(site.directory, before)) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cells", ["long", "many"])
+def test_label_column_that_holds_names_is_not_shown(site: Site, cells: str) -> None:
+    table = site.directory / "cases.csv"
+    name, lines = planted.LISTED["cell"], table.read_text().splitlines()
+    label = f"{name} " * 12 if cells == "long" else name
+    extra = [f"images/{n}.png,{label}{n if cells == 'many' else ''},P{n}" for n in range(1001)]
+    width = lines[0].count(",") + 1
+    table.write_text("\n".join([lines[0], *(row + "," * (width - 3) for row in extra)]) + "\n")
+    before = inputs(site.directory)
+    told = command("feverfew-client", "check", site.directory, place=ROOT)
+    assert told.returncode == 2 and b"Expected at most 1000 labels" in told.stderr
     assert planted.found(told.stdout + told.stderr + written(site.directory, before)) == set()
 
 

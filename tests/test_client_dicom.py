@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 import zlib
 from typing import Any
@@ -301,3 +303,19 @@ def test_jpeg_with_12_bits_is_read() -> None:
     """It is held against SimpleITK in the tests of the formats."""
     array = images.read(TEST_FILES / "JPGExtended.dcm").array
     assert array.shape == (1, 1024, 256) and array.max() == 264
+
+
+ENDS = """
+import sys, warnings
+from client import decoder
+warnings.simplefilter("error")
+decoder.stored_pixels(sys.stdin.buffer.read())
+"""
+
+
+def test_interpreter_that_ends_has_ended_its_decoder() -> None:
+    content = (TEST_FILES / "JPEG2000.dcm").read_bytes()
+    told = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", ENDS], input=content, capture_output=True, check=True, timeout=120
+    )
+    assert b"ResourceWarning" not in told.stderr

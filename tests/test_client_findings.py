@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 import sqlite3
 from collections.abc import Iterable
@@ -16,7 +17,8 @@ from PIL import Image as Pillow
 from PIL import ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from client import findings, frozen, lettering, rules, skeleton, split, survey, work
+from client import findings, frozen, lettering, rules, sight, skeleton, split, survey, work
+from client.case import Case
 from client.check import Findings, check
 from client.cohort import open_cohort
 from client.findings import Finding
@@ -27,6 +29,7 @@ from common.errors import ConfigError, Refusal, UserError
 from common.exchange import Task
 from tests import scans
 from tests.plans import asked, plan
+from tests.sites import EVERY_PLAN
 
 SECRET = bytes(range(32))
 Row = tuple[str, str, str]
@@ -81,8 +84,8 @@ def quarantined(site: Site) -> dict[str, str]:
         return {row["image"]: row["code"] for row in csv.DictReader(stream)}
 
 
-def prepared(site: Site) -> tuple[str, str]:
-    wanted = plan(privacy="none")
+def prepared(site: Site, **changes: Any) -> tuple[str, str]:
+    wanted = plan(privacy="none", **changes)
     changed = open_site(site.directory)
     told = work.prepare(
         changed,
@@ -167,7 +170,11 @@ def test_where_the_rules_ask_nothing_is_frozen_until_a_person_decides(tmp_path: 
     write(tmp_path / "z.png", picture(4))
     listed = [*rows, ("z.png", "normal", "Q")]
     site = make_site(
-        tmp_path, listed, decisions={"shared_pixels": "ask"}, approve="all", unsafe_allow_no_privacy=True
+        tmp_path,
+        listed,
+        decisions={"shared_pixels": "ask"},
+        policies=[EVERY_PLAN],
+        unsafe_allow_no_privacy=True,
     )
     found = checked(site)
     assert not found.ok and found.version == "" and not (site.private / "cohort.json").exists()
@@ -378,13 +385,38 @@ def test_more_unusable_cases_than_the_hospital_states_stop_it(tmp_path: Path) ->
     rows = many(tmp_path, num=20)
     for number in range(5):
         (tmp_path / f"i{number}.png").write_bytes(b"")
-    free: dict[str, Any] = {"approve": "all", "unsafe_allow_no_privacy": True}
+    free: dict[str, Any] = {"policies": [EVERY_PLAN], "unsafe_allow_no_privacy": True}
     site = make_site(tmp_path, rows, max_quarantined_fraction=0.2, **free)
     found = checked(site)
     assert not found.ok and any("more than 20%" in line.text for line in found.lines)
     assert prepared(site) == ("declined", "too_many_unusable")
     site = make_site(tmp_path, rows, max_quarantined_fraction=0.25, **free)
     assert checked(site).ok and prepared(site) == ("approved", "")
+
+
+def test_what_only_a_plan_makes_unusable_is_no_answer_to_it(tmp_path: Path) -> None:
+    """Else a coordinator could ask, plan by plan and without a charge, how many cases are of some kind."""
+    rows = many(tmp_path, num=20)
+    free: dict[str, Any] = {"approve": "all", "unsafe_allow_no_privacy": True}
+    site = make_site(tmp_path, rows, max_quarantined_fraction=0.01, **free)
+    assert prepared(site, preprocessing__size=(8, 8, 8)) == ("approved", "")
+    with (site.private / "quarantine.csv").open() as stream:
+        assert {row["code"] for row in csv.DictReader(stream)} == {"two_dimensional"}
+
+
+def test_only_the_cohort_of_the_last_plan_is_kept_open(tmp_path: Path) -> None:
+    """An open cohort keeps its store on disk after its removal, and some hundred bytes a case in memory."""
+    free: dict[str, Any] = {"approve": "all", "unsafe_allow_no_privacy": True}
+    site = make_site(tmp_path, many(tmp_path, num=20), **free)
+    for size in (8, 9, 10):
+        assert prepared(site, preprocessing__size=(size, size)) == ("approved", "")
+    gc.collect()
+    mapped = {line.split("/cache/")[1][:32] for line in maps() if "/cache/" in line and str(tmp_path) in line}
+    assert len(mapped) == 1
+
+
+def maps() -> list[str]:
+    return Path("/proc/self/maps").read_text().splitlines()
 
 
 def test_a_survey_is_kept_and_a_changed_file_is_looked_at_again(tmp_path: Path) -> None:
@@ -415,3 +447,30 @@ def test_several_processes_see_what_one_does(tmp_path: Path, monkeypatch: pytest
 def pixels(seen: Sight | str) -> str:
     assert isinstance(seen, Sight)
     return seen.pixels
+
+
+def test_paths_are_no_names_of_patients_that_could_be_alike(tmp_path: Path) -> None:
+    for name in ("a-01.png", "A 1.png"):
+        write(tmp_path / name, picture(len(name)))
+    rows = [("a-01.png", "normal", "x"), ("A 1.png", "normal", "y")]
+    site = make_site(tmp_path, rows, patient_is="case")
+    assert "similar_patients" not in {one.code for one in checked(site).found}
+
+
+def test_case_for_which_no_memory_is_left_does_not_end_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site(tmp_path, many(tmp_path))
+    look = sight.look
+
+    def hungry(case: Case, *, directory: Path) -> Sight:
+        if case.image == "i3.png":
+            raise MemoryError
+        return look(case, directory=directory)
+
+    monkeypatch.setattr(sight, "look", hungry)
+    cases, _ = frozen.accepted(frozen.listed_rows(site))
+    first = survey.survey(site, cases=cases)
+    assert first["i3.png"] == "out_of_memory" and len(first) == len(cases)
+    monkeypatch.undo()
+    assert isinstance(survey.survey(site, cases=cases)["i3.png"], Sight), "it is looked at again"

@@ -10,7 +10,9 @@ from client import bids, folders, listing
 from client.bids import Bids
 from client.case import Case, Refused
 from client.folders import Folders
+from client.table import Table
 from common.errors import ConfigError, DataError
+from tests.sites import skeleton_cases
 
 FOLDERS: dict[str, Any] = {
     "kind": "folders",
@@ -150,3 +152,50 @@ def test_digest_of_folders_changes_with_the_names_of_files(classes: Path) -> Non
     assert listing.digest(asked, directory=classes) == before
     touch(classes, "images/1_ill/P9_a.png")
     assert listing.digest(asked, directory=classes) != before
+
+
+def test_folders_behind_links_are_followed_and_not_round_in_circles(classes: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    touch(elsewhere, "P7_a.png", "deep/P8_a.png")
+    (classes / "images/1_ill/more").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(classes / "images/1_ill")
+    patient = r"(^|/)(?P<patient>[^_/]+)_"
+    found = {row.image for row in in_folders(classes, patient=patient) if isinstance(row, Case)}
+    assert {"images/1_ill/more/P7_a.png", "images/1_ill/more/deep/P8_a.png"} < found and len(found) == 5
+    before = digest_of(classes)
+    touch(elsewhere, "P9_a.png")
+    assert digest_of(classes) != before
+
+
+def test_participants_and_sessions_behind_links_are_found(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"store/ses-1/anat/sub-1_ses-1_{kind}.nii.gz" for kind in ("T1w", "T2w")))
+    touch(tmp_path, "bids/sub-2/ses-1/anat/x")
+    (tmp_path / "bids/sub-1").symlink_to(tmp_path / "store")
+    (tmp_path / "bids/participants.tsv").write_text("participant_id\tdiagnosis\tage\nsub-1\tAD\t70\n")
+    (found,) = in_bids(tmp_path)
+    assert isinstance(found, Case) and found.patient == "sub-1" and found.labels == ("ill",)
+    (tmp_path / "bids/sub-2/ses-1/anat/x").unlink()
+    (tmp_path / "bids/sub-2/ses-1/anat").rmdir()
+    (tmp_path / "bids/sub-2/ses-1/anat").symlink_to(tmp_path / "store/ses-1/anat")
+    assert [row.patient for row in in_bids(tmp_path) if isinstance(row, Case)] == ["sub-1", "sub-2"]
+
+
+def digest_of(root: Path, **changes: Any) -> str:
+    return listing.digest(Folders.model_validate(FOLDERS | changes), directory=root)
+
+
+def test_changed_mapping_or_participants_is_a_changed_listing(classes: Path) -> None:
+    assert digest_of(classes) == digest_of(classes)
+    assert digest_of(classes, classes={"0_normal": "ill", "1_ill": "normal"}) != digest_of(classes)
+    touch(classes, "bids/sub-1/anat/sub-1_T1w.nii", "cases.csv")
+    said = []
+    for text in ("AD", "HC"):
+        (classes / "bids/participants.tsv").write_text(f"participant_id\tdiagnosis\nsub-1\t{text}\n")
+        said.append(listing.digest(Bids.model_validate(BIDS), directory=classes))
+    assert said[0] != said[1]
+    usual = skeleton_cases("north")
+    one, other = (
+        listing.digest(Table.model_validate(usual | {"classes": classes_of}), directory=classes)
+        for classes_of in ({}, {"0": "normal"})
+    )
+    assert one != other

@@ -11,8 +11,8 @@ import torch
 from client import preprocessing
 from client.image import Image
 from common.asked import Asked
+from common.augmented import Augmentation
 from common.errors import ConfigError, UnusableCase
-from common.plan import Augmentation
 from common.steps import Step
 from tests import plans
 
@@ -256,3 +256,51 @@ def test_steps_that_do_not_fit_together_are_refused(steps: list[dict[str, Any]],
 )
 def test_steps_that_fit_together_are_taken(steps: list[dict[str, Any]]) -> None:
     assert len(plans.asked(steps=tuple(steps)).preprocessing.steps) == len(steps)
+
+
+def placed(affine: np.ndarray) -> Image:
+    values = np.random.default_rng(0).random((1, 40, 50, 60)).astype(np.float32)
+    return Image(array=values, spacing_mm=(1.0, 1.0, 1.0), affine=affine)
+
+
+def turned_about_z(radians: float) -> np.ndarray:
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(radians), -np.sin(radians)], [np.sin(radians), np.cos(radians)]]
+    return turn
+
+
+@pytest.mark.parametrize(
+    ("other", "is_same"),
+    [
+        (np.eye(4), True),
+        (turned_about_z(0.001), True),  # 0.06 at the corners
+        (turned_about_z(0.003), False),  # 0.19 at the corners
+    ],
+)
+def test_images_whose_pixels_lie_within_a_tenth_of_a_pixel_are_one_case(
+    other: np.ndarray, is_same: bool
+) -> None:
+    wanted = plans.asked(size=(8, 8, 8), inputs=("t1", "t2"))
+    images = [placed(np.eye(4)), placed(other)]
+    if is_same:
+        assert preprocessing.apply(images, wanted)["image"].shape == (2, 8, 8, 8)
+        return
+    with pytest.raises(UnusableCase) as caught:
+        preprocessing.apply(images, wanted)
+    assert caught.value.code == "mismatched_inputs"
+
+
+@pytest.mark.parametrize("spacing_mm", [0.1, 1.0, 5.0])
+def test_tolerance_of_a_shift_grows_with_the_spacing(spacing_mm: float) -> None:
+    scale = np.diag([spacing_mm, spacing_mm, 2 * spacing_mm, 1])
+    for shift, expected in ((0.09, "taken"), (0.11, "mismatched_mask")):
+        moved = scale.copy()
+        moved[0, 3] = shift * spacing_mm
+        mask = placed(moved)
+        mask = Image(array=np.round(mask.array), spacing_mm=mask.spacing_mm, affine=moved)
+        try:
+            preprocessing.apply([placed(scale)], plans.asked(target="mask", size=(8, 8, 8)), mask=mask)
+        except UnusableCase as error:
+            assert error.code == expected
+        else:
+            assert expected == "taken"

@@ -167,3 +167,18 @@ def test_signed_and_big_tiff_are_read() -> None:
         stream = io.BytesIO()
         tifffile.imwrite(stream, array, photometric="minisblack", **options)
         np.testing.assert_array_equal(images.decode(stream.getvalue()).array[0], array)
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["P", "1"])
+def test_mask_with_a_palette_or_one_bit_has_the_numbers_of_its_classes(form: str, mode: str) -> None:
+    numbers = np.random.default_rng(0).integers(0, 2 if mode == "1" else 3, (6, 8)).astype(np.uint8)
+    picture = Pillow.fromarray(255 * numbers if mode == "1" else numbers).convert("1" if mode == "1" else "L")
+    options: dict[str, object] = {"compression": form} if form == "tiff_lzw" else {}
+    if mode == "P":
+        picture = Pillow.fromarray(numbers, mode="P")
+        picture.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+        options |= {"transparency": 0} if form == "PNG" else {}  # the background, often
+    stream = io.BytesIO()
+    picture.save(stream, format=form.split("_")[0].upper(), **options)
+    np.testing.assert_array_equal(images.decode_mask(stream.getvalue()).array, [numbers])

@@ -35,7 +35,7 @@ def test_a_new_site_is_strict_and_its_secrets_are_for_its_owner_only(tmp_path: P
     skeleton.complete(tmp_path / "north", name="north", nominal_patients=84)
     site = open_site(tmp_path / "north")
     assert (site.name, site.settings.nominal_patients) == ("north", 84)
-    assert (site.settings.approve, site.settings.unsafe_allow_seeded_noise) == ("none", False)
+    assert (site.settings.policies, site.settings.unsafe_allow_seeded_noise) == ((), False)
     assert site.private.stat().st_mode & 0o777 == 0o700
     modes = {path.name: path.stat().st_mode & 0o777 for path in site.private.iterdir()}
     assert modes["site.key"] == modes["split.key"] == 0o600

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
@@ -13,12 +14,12 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from pyarrow import parquet
 
-from client import frozen, rehearsal, split, usage
+from client import frozen, rehearsal, split, tally, usage, withdrawal
 from client.app import app
 from client.frozen import FrozenCase
 from client.site import Site
 from common import exchange, flower, model
-from common.errors import StateError
+from common.errors import StateError, UserError
 from common.exchange import Task
 from common.plan import Plan
 from tests import crash
@@ -269,3 +270,29 @@ def test_the_table_has_no_more_than_the_case_table_says(site: Site) -> None:
     with (site.directory / "cases.csv").open() as stream:
         listed = {(row["image"], row["patient_id"]) for row in csv.DictReader(stream)}
     assert {(row["images"][0], row["patient"]) for row in rows(site)} <= listed
+
+
+def test_report_of_a_run_says_offered_used_and_quarantined_by_code(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = quick()
+    frozen.freeze(site)
+    image = cases_of(site, "test")[0].case
+    (site.directory / image.image).write_bytes(b"")
+    ask(site, asked)
+    ask(site, asked, "evaluate")
+    withdrawal.withdraw(site, patient=cases_of(site, "train")[0].case.patient)
+    ask(site, asked, server_round=2)
+    first, second = tally.find(site, run=RUN)
+    assert first.offered == first.used + sum(first.quarantined.values()) == second.offered
+    assert first.quarantined == {"changed_since_frozen": 1} and "withdrawn" in second.quarantined
+    assert first.parts["train"] == second.parts["train"] + 1
+    assert tally.report(site, RUN, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out)[0]["quarantined"] == {"changed_since_frozen": 1}
+    assert tally.report(site, RUN, as_json=False) == 0
+    assert "restore it or freeze again" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match="one of the 1 runs"):
+        tally.find(site, run="other")
+    (site.runs / RUN / tally.FILE).write_text("[{")
+    with pytest.raises(StateError):
+        tally.find(site, run=RUN)

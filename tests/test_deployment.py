@@ -25,10 +25,9 @@ from common.plan import Plan
 from server import submission
 from server.home import Home, open_home
 from server.process import Identity
-from server.services import HEADS_DIRECTORY, RUN_DIRECTORY
+from server.services import HEADS_DIRECTORY, RUN_DIRECTORY, TRAIL_KEY, pid_file
 from server.status import Status, status
 from server.submission import Followed, Outcome
-from server.supervisor import pid_file
 from simulations import engine
 from tests import plans, sites
 from tests.authority import Authority
@@ -478,12 +477,13 @@ def _simulated(
     """Runs a plan over copies of the sites, without their state; returns the final model's file."""
     copies = real.directory / f"{run}-{engine_name}-{workers}"
     for name in REAL_SITES:
-        left_out = shutil.ignore_patterns("state", "cache", "*.log", "ledger.head")
+        left_out = shutil.ignore_patterns("state", "cache", "*.log", "ledger.head", "trail.head")
         shutil.copytree(real.directory / name, copies / name, ignore=left_out)
     directory = copies / "run"
     directory.mkdir()
     patch.setenv(RUN_DIRECTORY, str(directory))
     patch.setenv(HEADS_DIRECTORY, str(copies / "heads"))
+    patch.setenv(TRAIL_KEY, str(copies / "trail.key"))
     opened = [open_site(copies / name) for name in REAL_SITES]
     engine.run(plan, opened, run=run, name=engine_name, workers=workers, directory=directory)
     return (directory / "model.safetensors").read_bytes()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from server import process, supervisor
+from server import process, services, supervisor
 from server.home import Home, create_home
 from server.process import Identity
 
@@ -40,9 +40,9 @@ def test_a_process_is_known_by_its_id_and_its_start(tmp_path: Path) -> None:
 def test_a_process_of_somebody_else_is_never_ended(home: Home) -> None:
     own = Identity.of(os.getpid())
     assert own is not None
-    Identity(pid=own.pid, started=own.started - 1).write(supervisor.pid_file(home, "gateway"))
+    Identity(pid=own.pid, started=own.started - 1).write(services.pid_file(home, "gateway"))
     supervisor.end_leftover(home, "gateway")
-    assert not supervisor.pid_file(home, "gateway").exists()
+    assert not services.pid_file(home, "gateway").exists()
 
 
 def test_a_leftover_that_does_not_heed_sigterm_is_killed(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +54,7 @@ def test_a_leftover_that_does_not_heed_sigterm_is_killed(home: Home, monkeypatch
     child.stdout.readline()
     identity = Identity.of(child.pid)
     assert identity is not None
-    identity.write(supervisor.pid_file(home, "gateway"))
+    identity.write(services.pid_file(home, "gateway"))
     supervisor.end_leftover(home, "gateway")
     assert child.wait(5) == -9
     child.stdout.close()

@@ -95,6 +95,7 @@ def participation(name, *, done, tells):
         rounds_valid=done,
         rounds_late=0,
         rounds_rejected=0,
+        tasks_sent_again=0,
         story=f"answered all {done} rounds",
         patient_is="column",
         **(facts if tells else {}),
@@ -141,6 +142,7 @@ def example(
         privacy=costs(names, seeded=seeded) if private else no_privacy(seeded=seeded),
         participation={name: participation(name, done=done, tells=False) for name in names},
         timing=Timing(wall_seconds=1234.0, training_seconds=1011.2, overhead_seconds=222.8),
+        restarts={},
         plan=tree,
         notes=[],
     )  # fmt: skip

@@ -1,0 +1,115 @@
+"""What a run found at the site: ``private/runs/<run>/cohort.json``. It never leaves the site.
+
+An entry says how many cases were offered and used, and how many could not be used, by code. A run has several
+where the cohort changed while it went on, by a withdrawal or a new freeze.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+from filelock import FileLock
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from client import files, quarantine
+from client.cohort import Cohort
+from client.site import Site
+from common import durable
+from common.errors import StateError, UserError
+from common.value import Value
+
+FILE = "cohort.json"
+
+
+class Tally(Value):
+    """The cohort as tasks of a run had it, from ``since`` (UTC) on.
+
+    Attributes:
+        offered: rows of the listing; ``used`` and ``quarantined`` together.
+        parts: patients by part.
+    """
+
+    plan_hash: str
+    cohort_version: str
+    since: datetime
+    offered: int
+    used: int
+    quarantined: dict[str, int]
+    parts: dict[str, int]
+
+
+TALLIES = TypeAdapter(tuple[Tally, ...])
+
+
+def record(site: Site, *, run: str, plan_hash: str, cohort: Cohort) -> None:
+    """Adds what a run finds now, where it is something else than before.
+
+    Raises:
+        StateError: the file is damaged; it is left as it is.
+    """
+    found = Tally(
+        plan_hash=plan_hash,
+        cohort_version=cohort.version,
+        since=datetime.now(UTC),
+        offered=cohort.offered,
+        used=cohort.used,
+        quarantined=dict(cohort.reasons),
+        parts={name: len(part.patients) for name, part in cohort.parts.items()},
+    )
+    path = files.private_directory(files.private_directory(site.runs) / run) / FILE
+    with FileLock(site.runs / ".lock", mode=0o600):
+        before = _read(path) if path.exists() else ()
+        if before and before[-1].model_copy(update={"since": found.since}) == found:
+            return
+        files.write_private(path, content=TALLIES.dump_json((*before, found), indent=2))
+        durable.sync_directory(path.parent)
+
+
+def find(site: Site, *, run: str) -> tuple[Tally, ...]:
+    """Returns what a run found, the oldest first.
+
+    Raises:
+        UserError: the site has no such run.
+        StateError: the file is damaged.
+    """
+    known = {path.parent.name: path for path in site.runs.glob(f"*/{FILE}")}
+    if run not in known:
+        raise UserError(f"Expected one of the {len(known)} runs in {site.runs}, found none called {run}.")
+    return _read(known[run])
+
+
+def report(site: Site, run: str, *, as_json: bool) -> int:
+    """Prints what a run found: offered, used, and quarantined by code."""
+    found = find(site, run=run)
+    console = Console()
+    if as_json:
+        console.print_json(data=[one.model_dump(mode="json") for one in found])
+        return 0
+    for one in found:
+        console.print(_table(one))
+    return 0
+
+
+def _table(one: Tally) -> Table:
+    when = f"{one.since:%Y-%m-%d %H:%M}"
+    title = f"from {when} UTC, plan {one.plan_hash[:12]}, cohort {one.cohort_version[:12]}"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "cases", "remedy"):
+        table.add_column(name, justify="right" if name == "cases" else "left", overflow="fold")
+    table.add_row("offered", str(one.offered), "")
+    table.add_row("used", str(one.used), ", ".join(f"{name}: {n} patients" for name, n in one.parts.items()))
+    for code, count in one.quarantined.items():
+        table.add_row(code, str(count), quarantine.REMEDIES.get(code, ""))
+    return table
+
+
+def _read(path: Path) -> tuple[Tally, ...]:
+    try:
+        return TALLIES.validate_json(path.read_bytes())
+    except (ValidationError, OSError):
+        raise StateError(
+            f"Expected what a run found in {path}, found damage; restore it from a backup, or move it away."
+        ) from None
