@@ -254,7 +254,8 @@ def _key(path: Path) -> Path:
         )
     )
     path.chmod(0o600)
-    path.with_suffix(".pub").write_text(keys.public_text(key.public_key()))
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    path.with_suffix(".pub").write_bytes(public)
     return path
 
 

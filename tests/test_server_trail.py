@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from flwr.app import Context, RecordDict
 
-from common import keys
+from common import certificates, keys
 from common.errors import QuorumNotReached
 from common.plan import Plan
 from common.trail import Trail, account, read
@@ -102,12 +102,18 @@ def test_the_coordinator_records_who_submitted_and_stopped_what(home: Home) -> N
 
 
 def test_who_is_enrolled_stands_in_the_coordinators_trail(home: Home) -> None:
-    key = keys.generate().public_key()
+    key = keys.generate()
+    request = certificates.make_request(key, name="north")
     for _ in range(2):  # the same again changes nothing
-        enrolment.record(home, "north", public_text=keys.public_text(key))
-    told = [event for event in events(home, None) if event["event"] == "enrolled"]
-    assert [(event["site"], event["key"]) for event in told] == [("north", keys.fingerprint(key))]
-    assert trail.verify(home, run=None)[0].signed_to == 2
+        enrolment.admit(home, "north", request=request, renewed=False)
+    enrolment.revoke(home, "north")
+    told = [event for event in events(home, None) if event["event"] in ("enrolled", "revoked")]
+    own = keys.fingerprint(key.public_key())
+    assert [(event["event"], event["site"], event["key"]) for event in told] == [
+        ("enrolled", "north", own),
+        ("revoked", "north", own),
+    ]
+    assert trail.verify(home, run=None)[0].signed_to == 4
 
 
 def test_the_key_signs_trails_only_and_is_for_its_owner_only(done: Home) -> None:
