@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TEST_MARKS ?= not slow and not deployment and not gpu
 RUN ?= pytest --numprocesses 2 --dist loadfile
 
-.PHONY: simulate test check format bench kill clean
+.PHONY: simulate test check format bench kill docs clean
 
 simulate: $(VENV)/installed
 	$(BIN)/feverfew-simulate $(OVERRIDES)
@@ -28,6 +28,10 @@ bench: $(VENV)/installed-dev
 # Two hundred runs of a site that is killed and asked again at random.
 kill: $(VENV)/installed-dev
 	$(BIN)/python -c 'from tests.crash import repeat; print(repeat(200), "misses in 200 runs")'
+
+# The table of docs/compliance.md, from server/compliance.yaml.
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m server.compliance
 
 clean:
 	rm -rf $(VENV) build *.egg-info

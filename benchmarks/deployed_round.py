@@ -32,7 +32,6 @@ from common import keys
 BINARIES = Path(sys.executable).parent
 SITES = 4
 PARAMETERS = 977
-REQUEST = "private/site.pub"
 QUIET = {
     "PATH": f"{BINARIES}{os.pathsep}{os.environ['PATH']}",
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -190,9 +189,9 @@ def _join(place: Path, name: str, *, data: Path) -> None:
     settings = place / name / "site.yaml"
     text = settings.read_text().replace("unsafe_allow_no_privacy: false", "unsafe_allow_no_privacy: true")
     settings.write_text(text)
-    run(place, server, "enroll", "home", name, f"{name}/{REQUEST}", "--invitation", f"{name}.invitation")
+    run(place, server, "enroll", "home", name, f"{name}/{name}.csr", "--invitation", f"{name}.invitation")
     run(place, client, "init", name, "--invitation", f"{name}.invitation")
-    run(place, client, "approve", name, "plan.json")
+    run(place, client, "approve", name, "plan.json", "--yes")
 
 
 def _copy(source: Path, target: Path) -> None:

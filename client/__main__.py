@@ -1,4 +1,4 @@
-"""Verbs of a hospital: ``feverfew-client init|fetch|check|rehearse|approve|ledger|used|withdraw|run``."""
+"""Verbs of a hospital: ``feverfew-client init|renew|fetch|check|rehearse|approve|...|run``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from client import approval, coordinator, log, release, rest, skeleton
+from client import coordinator, credential, log, release, rest, skeleton, trail
 from client.agent import open_agent
 from client.site import Site, open_site
-from common import keys
+from common import certificates, keys, seal
 from common.command import exit_code
 from common.errors import DataError, UserError
 from common.invitation import Invitation
@@ -39,6 +39,10 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--nominal-patients", type=int, help="public number of patients in the training part")
     init.add_argument("--invitation", type=Path, help="the file that the coordinator sent")
     init.set_defaults(verb=_init)
+
+    renew = verbs.add_parser("renew", help="make a new key for connections, and a request to the coordinator")
+    renew.add_argument("directory", type=Path)
+    renew.set_defaults(verb=_renew)
 
     fetch = verbs.add_parser("fetch", help="bring the images that site.yaml asks for from the PACS")
     fetch.add_argument("directory", type=Path)
@@ -77,9 +81,17 @@ def _parser() -> argparse.ArgumentParser:
     resume.add_argument("directory", type=Path)
     resume.set_defaults(verb=_resume)
 
-    approve = verbs.add_parser("approve", help="agree to exactly one plan")
+    approve = verbs.add_parser(
+        "approve", help="show a plan and decide about it, or show which wait and what was decided"
+    )
     approve.add_argument("directory", type=Path)
-    approve.add_argument("plan", type=Path, help="a plan as JSON")
+    approve.add_argument("plan", nargs="?", help="a plan as JSON, or the beginning of a known one's hash")
+    verdict = approve.add_mutually_exclusive_group()
+    verdict.add_argument("--refuse", action="store_true", help="never work on this plan")
+    verdict.add_argument("--withdraw", action="store_true", help="take the approval of this plan back")
+    approve.add_argument("--reason", default="", help="why (with --refuse or --withdraw); stays at the site")
+    approve.add_argument("--yes", action="store_true", help="do not ask, record")
+    approve.add_argument("--json", action="store_true", help="print JSON; without --yes only show")
     approve.set_defaults(verb=_approve)
 
     ledger = verbs.add_parser(
@@ -118,6 +130,12 @@ def _parser() -> argparse.ArgumentParser:
     withdraw.add_argument("--json", action="store_true", help="print JSON instead of tables")
     withdraw.set_defaults(verb=_withdraw)
 
+    trail = verbs.add_parser("trail", help="prove that the log of what this site did is unbroken")
+    trail.add_argument("action", choices=("verify",))
+    trail.add_argument("directory", type=Path)
+    trail.add_argument("--json", action="store_true", help="print JSON instead of a line")
+    trail.set_defaults(verb=_trail)
+
     run = verbs.add_parser("run", help="work for the coordinator until stopped")
     run.add_argument("directory", type=Path)
     run.set_defaults(verb=_run)
@@ -132,13 +150,28 @@ def _init(arguments: argparse.Namespace) -> int:
     name = arguments.name or _known_name(directory)
     for path in skeleton.complete(directory, name=name, nominal_patients=arguments.nominal_patients):
         print(f"made {path}")
-    public = directory / "private" / "site.pub"
-    key = keys.parse_public(_text(public))
-    print(f"send {public} to the coordinator; its fingerprint is {keys.fingerprint(key)}")
-    if invitation is not None:
+    if invitation is None:
+        _tell_request(directory, name=name)
+    else:
         coordinator.accept(invitation, directory=directory)
+        accepted = credential.accept(directory / "private", invitation, name=name)
         print(f"invited to {invitation.address}; the coordinator's fingerprint is {invitation.fingerprint}")
+        print(f"admitted until {accepted.certificate.not_valid_after_utc:%Y-%m-%d}")
     return 0
+
+
+def _renew(arguments: argparse.Namespace) -> int:
+    site = open_site(arguments.directory)
+    fresh = credential.renew(site.private)
+    credential.write_request(site.directory, fresh, name=site.name)
+    _tell_request(site.directory, name=site.name)
+    return 0
+
+
+def _tell_request(directory: Path, *, name: str) -> None:
+    path = credential.request_file(directory, name=name)
+    key = certificates.read_request(_text(path), name=name)
+    print(f"send {path} to the coordinator; its fingerprint is {keys.fingerprint(key)}")
 
 
 def _known_name(directory: Path) -> str:
@@ -184,10 +217,26 @@ def _rehearse(arguments: argparse.Namespace) -> int:
 
 
 def _approve(arguments: argparse.Namespace) -> int:
-    plan = _plan(arguments.plan)
-    approval.approve(open_site(arguments.directory), plan)
-    print(f"approved plan {plan.hash}")
-    return 0
+    from client import consent, decision  # see _check
+
+    site = open_site(arguments.directory)
+    changes = arguments.refuse or arguments.withdraw
+    if arguments.plan is None and (changes or arguments.yes):
+        raise UserError("Expected a plan to decide about, found none; name a file or a hash.")
+    if arguments.reason and not changes:
+        raise UserError("Expected --reason with --refuse or --withdraw, found it without.")
+    if len(arguments.reason) > decision.MAX_REASON:
+        raise UserError(f"Expected a reason of at most {decision.MAX_REASON} characters, found a longer one.")
+    if arguments.plan is None:
+        return consent.listed(site, as_json=arguments.json)
+    return consent.decide(
+        site,
+        consent.plan_named(site, arguments.plan),
+        "refused" if arguments.refuse else "withdrawn" if arguments.withdraw else "approved",
+        reason=arguments.reason,
+        is_agreed=arguments.yes,
+        as_json=arguments.json,
+    )
 
 
 def _ledger(arguments: argparse.Namespace) -> int:
@@ -238,6 +287,10 @@ def _withdraw(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print("the withdrawal is undone" if arguments.undo else "withdrawn: no later task uses this patient")
     return patient.report(site, named, as_json=arguments.json)
+
+
+def _trail(arguments: argparse.Namespace) -> int:
+    return seal.report([trail.verify(open_site(arguments.directory))], as_json=arguments.json)
 
 
 def _patient(arguments: argparse.Namespace) -> str:

@@ -6,6 +6,7 @@ runs is the code that is installed. It opens connections, and accepts none.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -20,16 +21,16 @@ import httpx
 from filelock import FileLock, Timeout
 from flwr.app import Context, Error, Message, RecordDict
 
-from client import rest
-from client.coordinator import open_coordinator
+from client import rest, trail
+from client.access import Access
 from client.fleet import Fleet, Task, without_superseded
 from client.patience import MAX_RETRY_SECONDS, is_temporary, persist, reason
 from client.site import Site
 from client.vitals import Vitals
 from client.worker import DEFAULT_APP, WORKER_DIED, Worker, forkserver
-from common import flower, keys, monitor
+from common import flower, monitor
 from common.errors import UserError
-from common.trail import Trail
+from common.trail import account
 
 logger = logging.getLogger("feverfew.agent")
 Answer = TypeVar("Answer")
@@ -48,6 +49,10 @@ ATTEMPTS: Final = 3
 """A task over which so many workers have died is answered with an error: it is the task that kills them."""
 SUPERSEDED: Final = "superseded"
 """A task of an earlier round was waiting behind a later one and is not done any more."""
+NOT_READABLE: Final = "unreadable"
+"""A task's parts are not what they say they are."""
+MAX_TASK_BYTES: Final = 2**31
+"""Of one task in memory: half a billion parameters."""
 RUN_NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
 
 
@@ -68,11 +73,13 @@ class Agent:
         site: the site it works for.
         fleet: the connection to the coordinator.
         worker: the process with the ClientApp.
+        access: where a renewed key appears; None where none can.
     """
 
     site: Site
     fleet: Fleet
     worker: Worker
+    access: Access | None = None
     vitals: Vitals = field(default_factory=Vitals)
     _configs: dict[int, dict[str, str]] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -102,7 +109,9 @@ class Agent:
     def _run_alone(self) -> None:
         pid_file = self.site.state / "agent.pid"
         pid_file.write_text(f"{os.getpid()}\n")
+        trail.record_if_possible(self.site, "started", by=account())
         flower.shorten_backoff()
+        flower.bound_messages(MAX_TASK_BYTES)
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         end_monitor = self._monitor()
         try:
@@ -117,6 +126,8 @@ class Agent:
             self.fleet.close()
             end_monitor()
             pid_file.unlink(missing_ok=True)
+            trail.record_if_possible(self.site, "stopped")
+            trail.sign(self.site)
 
     def _monitor(self) -> Callable[[], None]:
         port = self.site.settings.monitor_port
@@ -136,6 +147,7 @@ class Agent:
                 self._do(task)
                 since = time.monotonic()
             if not tasks:
+                self._change_key()
                 self._stop.wait(pause_seconds(time.monotonic() - since))
 
     def _rests(self) -> str:
@@ -168,23 +180,27 @@ class Agent:
                 return tasks
             logger.warning("the coordinator refuses this site: %s", flower.refusal_text(error))
             self._lost.set()
+        except flower.UNREADABLE as error:
+            logger.warning("the coordinator sent something that is no task (%s)", reason(error))
+            self._stop.wait(MAX_PAUSE_SECONDS)
         kept, superseded = without_superseded(tasks)
         for task in superseded:
-            self._decline(task)
+            self._decline(task, SUPERSEDED)
         return kept
 
     def _count(self, kind: str, outcome: str) -> None:
         self.vitals.tasks.labels(kind, outcome).inc()
         self.vitals.last_task.set_to_current_time()
 
-    def _decline(self, task: Task) -> None:
-        self._count(task.head.metadata.message_type, SUPERSEDED)
-        error = Error(code=flower.ErrorCode.UNKNOWN, reason=SUPERSEDED)
+    def _decline(self, task: Task, why: str) -> None:
+        self._count(task.head.metadata.message_type, why)
+        error = Error(code=flower.ErrorCode.UNKNOWN, reason=why)
+        trail.record_if_possible(self.site, "refused", code=why)
         try:
             self._persist(lambda: self.fleet.drop(task), seconds=task.head.metadata.ttl)
             self._send(Message(error, reply_to=task.head))
         except httpx.HTTPError:
-            logger.info("a task that a later round has overtaken was not answered: its run has ended")
+            logger.info("a task that is not done (%s) was not answered: its run has ended", why)
 
     def _do(self, task: Task) -> None:
         begun = time.monotonic()
@@ -194,6 +210,10 @@ class Agent:
             message = self._persist(lambda: self.fleet.pull(task), seconds=meta.ttl)
         except (httpx.HTTPError, flower.ObjectPullError) as error:
             logger.warning("a task could not be fetched and is dropped: %s", reason(error))
+            return
+        except flower.UNREADABLE as error:
+            logger.warning("a task is not what it says it is, and is declined (%s)", reason(error))
+            self._decline(task, NOT_READABLE)
             return
         context = Context(
             run_id=task.run_id,
@@ -205,7 +225,10 @@ class Agent:
         reply = self._answer(message, context)
         outcome = f"error: {reply.error.reason}" if reply.has_error() else "answered"
         counted = "failed" if reply.has_error() else "answered"
-        if not self._send(reply):
+        is_sent = self._send(reply)
+        told = {"run": _shown_run(config), "round": task.server_round, "message": meta.message_type}
+        trail.record_if_possible(self.site, "sent" if is_sent else "not_sent", **told, outcome=outcome)
+        if not is_sent:
             outcome, counted = f"{outcome}, but not delivered", "undelivered"
         self._count(meta.message_type, counted)
         logger.info(
@@ -230,12 +253,8 @@ class Agent:
                 break
             logger.warning("the worker died over a task; beginning it again")
             self.vitals.worker_deaths.inc()
-            self._trail.record("worker_restarted", run=_shown_run(context.run_config), attempt=attempt)
+            trail.record(self.site, "worker_restarted", run=_shown_run(context.run_config), attempt=attempt)
         return reply
-
-    @property
-    def _trail(self) -> Trail:
-        return Trail(self.site.state / "events.jsonl")
 
     def _send(self, reply: Message) -> bool:
         try:
@@ -271,13 +290,33 @@ class Agent:
                 text = flower.refusal_text(error)
                 logger.warning("not admitted (%s): is this site's key enrolled, and the clock right?", text)
             else:
-                (self.site.state / "node").write_text(f"{self._node_id}\n")
+                self._note_node()
                 self._lost.clear()
                 self.vitals.connected.set(1)
-                logger.info("connected as node %d", self._node_id)
                 return
             self._stop.wait(delay)
             delay = min(2 * delay, MAX_RETRY_SECONDS)
+
+    def _change_key(self) -> None:
+        """Goes on with a renewed key: the site comes as a new node before the former one goes."""
+        renewed = None if self.access is None else self.access.renewed()
+        if self.access is None or renewed is None:
+            return
+        try:
+            node_id = self._persist(renewed.activate)
+        except httpx.HTTPError as error:
+            logger.warning("the renewed key is not admitted yet: %s", reason(error))
+            return
+        former, former_id = self.fleet, self._node_id
+        self.fleet, self._node_id = renewed, node_id
+        self.access.keep()
+        self._note_node()
+        with contextlib.suppress(httpx.HTTPError):
+            former.deactivate(former_id)
+
+    def _note_node(self) -> None:
+        (self.site.state / "node").write_text(f"{self._node_id}\n")
+        logger.info("connected as node %d", self._node_id)
 
     def _end_former_life(self) -> None:
         """Ends what the SuperLink still takes for this site, and stays away until the server has noticed.
@@ -328,11 +367,10 @@ def open_agent(site: Site, *, app: str = DEFAULT_APP) -> Agent:
     """Returns the agent of a site, with its key, its coordinator and a worker for the ClientApp.
 
     Raises:
-        UserError: the site has no coordinator yet, or its key is missing or open to others.
+        UserError: the site has no coordinator yet, its certificate has expired, or its key is missing or open
+            to others.
     """
-    coordinator = open_coordinator(site.directory)
-    key = keys.read_private(site.private / "site.key")
-    fleet = Fleet(coordinator.address, tls=keys.trust_only(coordinator.certificate), key=key)
+    access = Access(site.directory)
     log = site.state.resolve() / "agent.log"
     gigabytes = site.settings.max_memory_gigabytes
     worker = Worker(
@@ -342,4 +380,4 @@ def open_agent(site: Site, *, app: str = DEFAULT_APP) -> Agent:
         memory_bytes=None if gigabytes is None else int(gigabytes * 1e9),
         log=log,
     )
-    return Agent(site=site, fleet=fleet, worker=worker)
+    return Agent(site=site, fleet=access.fleet(), worker=worker, access=access)

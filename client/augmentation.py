@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from client.noise import Key
-from common.plan import Augmentation
+from common.augmented import Augmentation
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 

@@ -43,7 +43,7 @@ def open_coordinator(directory: Path) -> Invitation:
 
 
 def accept(invitation: Invitation, *, directory: Path) -> None:
-    """Writes an invitation into a site directory; the same one again changes nothing.
+    """Writes whom to reach and to trust into a site directory; the same again changes nothing.
 
     Raises:
         UserError: the site has another coordinator already.

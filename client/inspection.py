@@ -6,13 +6,14 @@ import itertools
 
 import httpx
 
-from client import content, coordinator, frozen
+from client import content, coordinator, credential, frozen
 from client.case import Case
 from client.check import Line
+from client.cost import planned_spends
+from client.patience import reason
 from client.release import open_ledger
 from client.site import Site
-from client.work import planned_spends
-from common import keys
+from common import certificates
 from common.asked import Asked, Preprocessing
 from common.config import compose_plan
 from common.errors import DataError, Refusal, UnusableCase, UserError
@@ -28,7 +29,7 @@ REFUSED = 403
 
 def lines(site: Site, plan: Plan | None) -> list[Line]:
     """Returns all that is told beside the data."""
-    told = [connection_line(site), budget_line(site)]
+    told = [connection_line(site), *certificate_lines(site), budget_line(site)]
     return told if plan is None else [*told, plan_line(site, plan)]
 
 
@@ -57,22 +58,36 @@ def plan_line(site: Site, plan: Plan) -> Line:
 
 
 def connection_line(site: Site) -> Line:
-    """Tries to reach the coordinator's gateway, without saying who asks."""
+    """Tries to reach the coordinator's gateway."""
     name = "connection"
     try:
         invitation = coordinator.open_coordinator(site.directory)
+        tls = credential.require(site.directory).tls(invitation.certificate)
     except UserError as error:
         return Line(name=name, text=str(error), level="warning")
-    tls = keys.trust_only(invitation.certificate)
     try:
         answer = httpx.get(f"https://{invitation.address}/", verify=tls, timeout=TIMEOUT_SECONDS)
     except httpx.HTTPError as error:
-        text = f"{invitation.address} is not reached over TLS ({error or type(error).__name__})"
+        text = f"{invitation.address} is not reached over TLS ({reason(error)})"
         return Line(name=name, text=text, level="error")
     if answer.status_code != REFUSED:
         text = f"{invitation.address} answers as no gateway does (status {answer.status_code})"
         return Line(name=name, text=text, level="error")
     return Line(name=name, text=f"{invitation.address} is reached over TLS")
+
+
+def certificate_lines(site: Site) -> list[Line]:
+    """Says until when the coordinator lets this site in; nothing before it ever did."""
+    admitted = credential.current(site.private)
+    if admitted is None:
+        return []
+    left = certificates.days_left(admitted.certificate)
+    text = f"valid until {admitted.certificate.not_valid_after_utc:%Y-%m-%d}"
+    if left >= certificates.NOTICE_DAYS:
+        return [Line(name="certificate", text=text)]
+    text = f"{text}, {left:.0f} days from now" if left >= 0 else f"{text}, which is past"
+    text += f"; feverfew-client renew {site.directory} makes a request for the coordinator"
+    return [Line(name="certificate", text=text, level="warning" if left >= 0 else "error")]
 
 
 def usual(site: Site) -> Asked:

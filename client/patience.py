@@ -17,7 +17,8 @@ Answer = TypeVar("Answer")
 
 MIN_RETRY_SECONDS: Final = 0.1
 MAX_RETRY_SECONDS: Final = 20.0
-TEMPORARY_STATUS: Final = frozenset({408, 429, 500, 502, 503, 504})
+TEMPORARY_STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""425 is what the gateway says to a clock that is wrong: it may be set right."""
 
 
 def is_temporary(error: httpx.HTTPError) -> bool:
@@ -31,6 +32,8 @@ def reason(error: Exception) -> str:
     """Returns an error in a few words for the site's log."""
     if isinstance(error, httpx.HTTPStatusError):
         return flower.refusal_text(error)
+    if isinstance(error, httpx.RemoteProtocolError):  # all that is seen of a certificate that is not taken
+        return "closed without an answer; is the certificate still valid? see feverfew-client check"
     return type(error).__name__
 
 

@@ -53,7 +53,7 @@ def _drowned(settings: SiteSettings, patients: Mapping[str, int], plan: Plan) ->
     """A class can move the sum of a step by at most its expected number of drawn patients, in units of
     ``max_grad_norm``; over all steps the noise in any one direction is the noise multiplier times the root
     of their number. Below that the class is not heard from this site."""
-    if settings.role != "training" or plan.num_steps == 0:
+    if settings.role != "training" or plan.num_steps == 0 or plan.landmarks is not None:
         return
     chosen = mechanism(plan, nominal_patients=settings.nominal_patients)
     needed = chosen.noise_multiplier / (chosen.sample_rate * math.sqrt(plan.num_steps))

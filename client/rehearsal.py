@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 from flwr.app import ArrayRecord, RecordDict
 from rich.console import Console
 from rich.table import Table
 
 from client import release, work
+from client.cost import planned_spends
+from client.policies import EVERY_PLAN
 from client.site import Site
 from common import exchange, model
 from common.exchange import Prepared, Task
@@ -60,7 +63,7 @@ def rehearse(site: Site, plan: Plan) -> Rehearsal:
     with tempfile.TemporaryDirectory(prefix="feverfew-rehearsal-") as place:
         rehearsed = _on_a_copy(site, Path(place))
         with release.open_ledger(rehearsed) as ledger:  # before the round below is charged to the copy
-            run, total = ledger.projected(work.planned_spends(site, plan))
+            run, total = ledger.projected(planned_spends(site, plan))
         prepared, records = _messages(rehearsed, plan)
     return Rehearsal(
         plan_hash=plan.hash,
@@ -105,8 +108,10 @@ def fields(message: str, record: RecordDict) -> Iterator[Field]:
 
 
 def _on_a_copy(site: Site, place: Path) -> Site:
-    settings = site.settings.model_copy(update={"approve": "all"})
-    copy = replace(site, state=place / "state", runs=place / "runs", settings=settings)
+    refusing = [policy for policy in site.settings.policies if policy.decision == "refuse"]
+    settings = site.settings.model_copy(update={"policies": (*refusing, EVERY_PLAN)})
+    places = {name: place / name for name in ("state", "runs", "approvals")}
+    copy = replace(site, settings=settings, **places)
     copy.state.mkdir()
     for path in (release.head_path, release.ledger_path):  # in this order: the head is never ahead
         if path(site).exists():
@@ -126,7 +131,11 @@ def _messages(site: Site, plan: Plan) -> tuple[Prepared, list[tuple[str, RecordD
     )
     prepared = work.prepare(site, plan, task)
     records = [("prepare", exchange.prepared_record(prepared))]
-    if prepared.status == "approved":
+    if prepared.status == "approved" and plan.landmarks is not None:
+        asked = replace(task, purpose="landmarks", parameters=np.zeros(0, np.float32))
+        if site.settings.role == "training":
+            records.append(("landmarks", exchange.scored_record(work.landmarks(site, plan, asked))))
+    elif prepared.status == "approved":
         if site.settings.role == "training":
             update = work.train(site, plan, task, network=network)
             records.append(("train", exchange.update_record(update)))

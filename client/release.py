@@ -11,7 +11,7 @@ from typing import Final
 from filelock import FileLock
 from flwr.app import RecordDict
 
-from client import approval, replies
+from client import approval, replies, trail
 from client.files import private_directory
 from client.journal import CLAIM_SUFFIX, REMEDY
 from client.ledger import Charge, Ledger, Outcome
@@ -23,9 +23,8 @@ from common.errors import LedgerError, Refusal
 from common.exchange import Task
 from common.plan import Plan
 from common.privacy import Spend
-from common.trail import Trail
 
-PURPOSES: Final = {"train": "training", "evaluate": "evaluation"}
+PURPOSES: Final = {"train": "training", "evaluate": "evaluation", "landmarks": "landmarks"}
 """What a task asks for, in the words of the ledger."""
 
 
@@ -62,8 +61,13 @@ def once(
         outcome = ledger.outcome(task.identity)
         if outcome is not None:
             return _released_before(directory, task, outcome)
-        Trail(site.state / "events.jsonl").record(
-            "charged" if charged else "charged_before", run=task.run, round=task.server_round, part=part
+        trail.record(
+            site,
+            "charged" if charged else "charged_before",
+            run=task.run,
+            round=task.server_round,
+            part=part,
+            task=task.identity,
         )
         reply = replies.load(directory, task.identity)
         if reply is None:

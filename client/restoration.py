@@ -22,17 +22,18 @@ from typing import Any
 
 from filelock import FileLock
 
-from client import approval, release
+from client import approval, release, trail
+from client.cost import planned_spends
 from client.files import private_directory
 from client.journal import COLUMNS, Journal, read_head, sound_rows
 from client.ledger import RESTORED, Charge, now
 from client.site import Site
-from client.work import planned_spends
 from common import keys
 from common.chain import Head
 from common.errors import LedgerError, UserError
 from common.keys import PublicKey
 from common.plan import Plan
+from common.trail import account
 
 Row = dict[str, Any]
 
@@ -93,6 +94,9 @@ def restore(site: Site, *, plans: Sequence[Plan] | None = None) -> Restoration:
         os.replace(fresh, path)
         os.replace(fresh_head, release.head_path(site))  # the old one is covered, if this is never reached
         release.claim_path(site).unlink(missing_ok=True)
+    charged = [plan.hash for plan in plans]
+    trail.record(site, "ledger_restored", kept=len(remains.kept), charged=charged, by=account())
+    trail.sign(site)
     return Restoration(num_kept=len(remains.kept), charged=tuple(plans), old_file=old_file)
 
 

@@ -6,17 +6,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from client.case import PatientIs
 from client.listing import Listing
 from client.pacs_settings import Pacs
+from client.policies import Policy
 from client.rest import Hours
 from client.rules import Fraction, Rules
 from common.errors import ConfigError, DataError
+from common.settings import tree_of
 from common.value import Positive, Value, first_problem
 
 
@@ -65,7 +66,7 @@ class SiteSettings(Value):
     study_budgets: tuple[StudyBudget, ...]
     unsafe_allow_seeded_noise: bool
     unsafe_allow_no_privacy: bool
-    approve: Literal["all", "none"]
+    policies: tuple[Policy, ...]
     max_repeats: Annotated[int, Field(ge=0, le=100)]
     threads: Annotated[int, Field(ge=1, le=256)]
     max_memory_gigabytes: Positive | None
@@ -81,6 +82,13 @@ class SiteSettings(Value):
         return self
 
     @model_validator(mode="after")
+    def _a_policy_has_a_name_of_its_own(self) -> Self:
+        names = [policy.name for policy in self.policies]
+        if len(set(names)) < len(names):
+            raise ValueError(f"expected each name once in policies, found {names}")
+        return self
+
+    @model_validator(mode="after")
     def _public_data_is_for_evaluation(self) -> Self:
         if self.data == "public" and self.role != "evaluation":
             raise ValueError("data: public goes with role: evaluation only")
@@ -90,12 +98,13 @@ class SiteSettings(Value):
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """One hospital: a directory and its settings. ``state`` holds ledger, replies, models and events,
-    ``runs`` for each run the cases that it used."""
+    ``runs`` for each run the cases that it used, ``approvals`` what was decided about plans."""
 
     directory: Path
     settings: SiteSettings
     state: Path
     runs: Path
+    approvals: Path
 
     @property
     def name(self) -> str:
@@ -138,6 +147,7 @@ def open_site(directory: Path) -> Site:
         settings=read_settings(path),
         state=directory / "state",
         runs=directory / "private" / "runs",
+        approvals=directory / "private" / "approvals",
     )
 
 
@@ -148,10 +158,8 @@ def read_settings(path: Path) -> SiteSettings:
         ConfigError: not YAML, or a key is unknown, missing or wrong.
     """
     try:
-        tree: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Expected YAML in {path}, found: {str(error).splitlines()[0]}.") from None
-    try:
-        return SiteSettings.model_validate(tree)
+        return SiteSettings.model_validate(tree_of(path.read_bytes()))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_problem(error)}") from None

@@ -7,6 +7,7 @@ import secrets
 from importlib import resources
 from pathlib import Path
 
+from client import credential
 from client.site import read_settings
 from common import keys
 from common.errors import ConfigError, UserError
@@ -44,21 +45,22 @@ def complete(directory: Path, *, name: str, nominal_patients: int | None) -> lis
         if not path.exists():
             path.write_text(text, encoding="utf-8")
             made.append(path)
-    return made + _make_keys(private)
+    return made + _make_keys(directory, name=name)
 
 
-def _make_keys(private: Path) -> list[Path]:
+def _make_keys(directory: Path, *, name: str) -> list[Path]:
+    private = directory / "private"
     made = []
-    split_key, site_key, public = private / "split.key", private / "site.key", private / "site.pub"
+    split_key, site_key = private / "split.key", private / "site.key"
     if not split_key.exists():
         keys.write_secret(split_key, secrets.token_hex(32).encode())
         made.append(split_key)
     if not site_key.exists():
         keys.write_private(site_key, keys.generate())
         made.append(site_key)
-    if not public.exists():
-        public.write_text(keys.public_text(keys.read_private(site_key).public_key()), encoding="ascii")
-        made.append(public)
+    made += credential.make_first(private)
+    if not credential.request_file(directory, name=name).exists():
+        made.append(credential.write_request(directory, credential.credentials(private)[-1], name=name))
     return made
 
 

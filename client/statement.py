@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from client import release
+from client.cost import planned_spends
 from client.ledger import Ledger
 from client.site import Site
-from client.work import planned_spends
 from common.chain import Head
 from common.errors import Refusal
 from common.plan import Plan

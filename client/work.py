@@ -15,21 +15,33 @@ from pathlib import Path
 from safetensors.numpy import save
 from torch import nn
 
-from client import approval, evaluation, quarantine, release, tally, training, usage, withdrawal
+from client import (
+    approval,
+    course,
+    evaluation,
+    intensities,
+    quarantine,
+    release,
+    tally,
+    trail,
+    training,
+    usage,
+    waiting,
+    withdrawal,
+)
 from client.cohort import Cohort, Part, open_cohort
-from client.files import private_directory
+from client.cost import planned_spends
+from client.leaving import sends_exact_scores
 from client.noise import Key, secure_key, seeded_key
 from client.replies import Reply
 from client.site import Site
 from common import durable, model
 from common.asked import Asked
-from common.calibration import Mechanism, mechanism, run_spends
+from common.calibration import Mechanism, mechanism
 from common.errors import LedgerError, PrivacyTargetError, Refusal
 from common.exchange import Prepared, Scored, Task, Update
 from common.measure import Exact
 from common.plan import NoPrivacy, Plan
-from common.privacy import Spend
-from common.trail import Trail
 
 logger = logging.getLogger("feverfew.site")
 
@@ -42,6 +54,7 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
     reason = ""
     try:
         approval.require(site, plan)
+        course.require_plan(site, plan, run=task.run)
         _require_ledger(site, plan, task)
         _open(site, plan)
     except Refusal as refusal:
@@ -51,7 +64,14 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
         logger.error("%s", error)
         reason = "ledger_broken"
     status = {"": "approved", "not_approved": "waiting"}.get(reason, "declined")
-    _trail(site).record("prepared", run=task.run, plan_hash=plan.hash, status=status, reason=reason)
+    if status == "waiting":
+        waiting.keep(site, plan)
+    _note_answer(site, task.run, plan.hash, status, reason)
+    return prepared(site, status=status, reason=reason)
+
+
+def prepared(site: Site, *, status: str, reason: str) -> Prepared:
+    """Returns an answer to prepare: the site's public constants beside it."""
     return Prepared(
         site=site.name,
         status=status,
@@ -69,10 +89,9 @@ def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
     """Trains one round, or returns the stored reply where this very task was done before.
 
     Raises:
-        Refusal: not approved, over budget, wrong parameters, or an evaluation site.
+        Refusal: not approved, over budget, wrong parameters, wrong round, or an evaluation site.
     """
-    if site.settings.role != "training":
-        raise Refusal("evaluation_only")
+    _require_training(site, plan, asks_for_landmarks=False)
     approval.require(site, plan)
     chosen = _mechanism(site, plan)
     opened = _open(site, plan)
@@ -92,6 +111,7 @@ def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
     is_exact = isinstance(plan.privacy, NoPrivacy)
     spend = None if is_exact else chosen.training(plan.training.local_steps)
     _require_shape(network, task)
+    course.enter(site, plan, task)
     reply = release.once(site, plan, task, part="train", spend=spend, work=work)
     loss = reply.fields["train_loss"]
     return Update(
@@ -106,10 +126,13 @@ def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Score
     """Evaluates a part: noised histograms, or exact scores without privacy and for public data.
 
     Raises:
-        Refusal: not approved, over budget, wrong parameters, or a part that this site does not have.
+        Refusal: not approved, over budget, wrong parameters, wrong round, or a part that this site does not
+            have.
     """
     if task.part not in ("validation", "test") or task.part not in site.settings.split.parts:
         raise Refusal("no_such_part")
+    if plan.landmarks is not None:
+        raise Refusal("not_in_plan")
     approval.require(site, plan)
     opened = _open(site, plan)
     part = opened.cohort.parts[task.part]
@@ -134,25 +157,57 @@ def evaluate(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Score
 
     spend = None if is_exact else chosen.evaluation(task.part)
     _require_shape(network, task)
+    course.enter(site, plan, task)
     reply = release.once(site, plan, task, part=task.part, spend=spend, work=work)
     return Scored(server_round=task.server_round, part=task.part, arrays=reply.arrays)
 
 
-def sends_exact_scores(plan: Plan, *, data: str) -> bool:
-    """Says whether a site sends exact scores: without privacy, or where the site's data are public."""
-    return isinstance(plan.privacy, NoPrivacy) or data == "public"
+def landmarks(site: Site, plan: Plan, task: Task) -> Scored:
+    """Counts the training part's patients by landmark of intensity: noised, or exact without privacy.
+
+    Raises:
+        Refusal: not approved, over budget, an evaluation site, or a plan that does not ask for it.
+    """
+    _require_training(site, plan, asks_for_landmarks=True)
+    assert plan.landmarks is not None
+    approval.require(site, plan)
+    wanted, opened, chosen = plan.landmarks, _open(site, plan), _mechanism(site, plan)
+    is_exact = isinstance(plan.privacy, NoPrivacy)
+
+    def work() -> Reply:
+        _note_use(site, task.run, plan.hash, "train", opened)
+        counts = intensities.histograms(opened.cohort.parts["train"], plan.preprocessing, wanted=wanted)
+        if not is_exact:
+            noise = _key(site, plan, task).stream("landmarks")
+            counts = intensities.noised(counts, noise_multiplier=chosen.noise_multiplier, noise=noise)
+        return Reply(arrays={"landmarks": counts}, fields={})
+
+    spend = None if is_exact else chosen.training(1)
+    course.enter(site, plan, task)
+    reply = release.once(site, plan, task, part="train", spend=spend, work=work)
+    return Scored(server_round=task.server_round, part="train", arrays=reply.arrays)
+
+
+def _require_training(site: Site, plan: Plan, *, asks_for_landmarks: bool) -> None:
+    """Checks that the site's training part may be used, and for what the plan is about."""
+    if site.settings.role != "training":
+        raise Refusal("evaluation_only")
+    if (plan.landmarks is not None) != asks_for_landmarks:
+        raise Refusal("not_in_plan")
 
 
 def keep_model(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Path:
     """Writes the final model to ``state/models/<run>/``; returns the directory."""
     approval.require(site, plan)
     _require_shape(network, task)
+    course.enter(site, plan, task)
     directory = site.state / "models" / task.run
     directory.mkdir(parents=True, exist_ok=True)
     durable.write(directory / "plan.json", plan.to_json().encode())
     named = model.named_arrays(network, task.parameters)
     durable.write(directory / "model.safetensors", save(named))
-    _trail(site).record("model_received", run=task.run, plan_hash=plan.hash)
+    trail.record(site, "model_received", run=task.run, plan_hash=plan.hash)
+    trail.sign(site)
     return directory
 
 
@@ -173,15 +228,6 @@ def _require_ledger(site: Site, plan: Plan, task: Task) -> None:
             if task.head is not None:
                 ledger.require_known(task.head)
             ledger.require_affordable(spends, study=plan.study)
-
-
-def planned_spends(site: Site, plan: Plan) -> dict[str, tuple[Spend, ...]]:
-    """Returns what a run of the plan will charge this site, by part."""
-    settings = site.settings
-    if settings.data == "public":
-        return {}
-    parts = [part for part in settings.split.parts if part != "train" or settings.role == "training"]
-    return run_spends(plan, nominal_patients=settings.nominal_patients, parts=parts)
 
 
 def _mechanism(site: Site, plan: Plan) -> Mechanism:
@@ -241,6 +287,13 @@ def _newly_opened(site: Site, asked: Asked) -> _Opened:
     return _Opened(cohort=cohort)
 
 
+@lru_cache(maxsize=64)
+def _note_answer(site: Site, run: str, plan_hash: str, status: str, reason: str) -> None:
+    """Tells the trail what a run was answered; the same answer, which a waiting site gives for days, once."""
+    trail.record(site, "prepared", run=run, plan_hash=plan_hash, status=status, reason=reason)
+    trail.sign(site)  # a run that ended badly is not told to the site, so what it left is signed here
+
+
 def _note_use(site: Site, run: str, plan_hash: str, part: str, opened: _Opened) -> None:
     """Writes down, once for a run, part and cohort, whose cases a task is about to use."""
     if (run, plan_hash, part) in opened.noted:
@@ -270,7 +323,3 @@ def _progress(site: Site, plan: Plan, task: Task) -> Iterator[Callable[[int, int
         )
 
     yield on_step
-
-
-def _trail(site: Site) -> Trail:
-    return Trail(private_directory(site.state) / "events.jsonl")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from common import measure
+from common import landmarks, measure
 from common.errors import PrivacyTargetError
 from common.plan import DpSgd, Plan
 from common.privacy import WHOLE_ORDERS, Spend, epsilon, gaussian_delta, merged, rdp_bound
@@ -63,7 +63,7 @@ def _gaussian_mu(target: float, delta: float) -> float:
 
 
 def _sampled_multiplier(target: float, *, delta: float, rate: float, steps: int) -> float:
-    """Starts from the multiplier of the RDP bound: cheap, and never too small."""
+    """Starts from the multiplier of the RDP bound."""
 
     def spend(sigma: float) -> Spend:
         return Spend(noise_multiplier=sigma, sample_rate=rate, steps=steps)
@@ -71,15 +71,39 @@ def _sampled_multiplier(target: float, *, delta: float, rate: float, steps: int)
     def cost(sigma: float) -> float:
         return epsilon([spend(sigma)], delta=delta).value
 
-    low, high = _SMALLEST_NOISE_MULTIPLIER, _LARGEST_NOISE_MULTIPLIER
-    while high / low > 1.02:
-        middle = math.sqrt(low * high)
-        bound = rdp_bound((spend(middle),), delta, orders=WHOLE_ORDERS)
-        low, high = (low, middle) if bound <= target else (middle, high)
+    high = _rdp_multiplier(target, delta=delta, rate=rate, steps=steps)
     low = 0.9 * high  # the tighter accountant may need less, by how much is not known
     while cost(low) <= target and low > _SMALLEST_NOISE_MULTIPLIER:
         low, high = max(0.7 * low, _SMALLEST_NOISE_MULTIPLIER), low
     return _bisect(cost, low=low, high=high, target=target)
+
+
+def _rdp_multiplier(target: float, *, delta: float, rate: float, steps: int) -> float:
+    """Returns the multiplier of the RDP bound: cheap, and never too small."""
+    low, high = _SMALLEST_NOISE_MULTIPLIER, _LARGEST_NOISE_MULTIPLIER
+    while high / low > 1.02:
+        middle = math.sqrt(low * high)
+        spend = Spend(noise_multiplier=middle, sample_rate=rate, steps=steps)
+        low, high = (
+            (low, middle) if rdp_bound((spend,), delta, orders=WHOLE_ORDERS) <= target else (middle, high)
+        )
+    return high
+
+
+@lru_cache(maxsize=1024)
+def largest_noise_multiplier(plan: Plan, *, nominal_patients: int) -> float:
+    """Returns, in no time, what a site's own multiplier does not exceed; 0 without privacy."""
+    privacy = plan.privacy
+    if not isinstance(privacy, DpSgd) or plan.num_steps == 0:
+        return 0.0
+    if privacy.noise_multiplier is not None or privacy.target_epsilon is None:
+        return privacy.noise_multiplier or 0.0
+    rate, target = sample_rate(plan, nominal_patients=nominal_patients), privacy.target_epsilon
+    if rate == 1.0:
+        exact = math.sqrt(plan.num_steps) / _gaussian_mu(target, privacy.delta)
+    else:
+        exact = _rdp_multiplier(target, delta=privacy.delta, rate=rate, steps=plan.num_steps)
+    return _rounded_up(max(exact, _SMALLEST_NOISE_MULTIPLIER))
 
 
 def _rounded_up(value: float) -> float:
@@ -148,7 +172,12 @@ class Mechanism:
 
 
 def sample_rate(plan: Plan, *, nominal_patients: int) -> float:
-    """Returns q = min(1, B / nominal); never a function of the true number of patients."""
+    """Returns q = min(1, B / nominal); never a function of the true number of patients.
+
+    Of landmarks every patient takes part.
+    """
+    if plan.landmarks is not None:
+        return 1.0
     return min(1.0, plan.training.expected_batch / nominal_patients)
 
 
@@ -208,6 +237,13 @@ def measure_noise_std(plan: Plan, *, nominal_patients: int, part: str) -> float:
     """
     multipliers = evaluation_noise_multipliers(plan, nominal_patients=nominal_patients)
     return multipliers[part] * measure.l2_sensitivity(plan.asked)
+
+
+def landmark_noise_std(plan: Plan, *, nominal_patients: int) -> float:
+    """Returns the standard deviation of the noise in each count of landmarks, as ``measure_noise_std``."""
+    assert plan.landmarks is not None
+    multiplier = mechanism(plan, nominal_patients=nominal_patients).noise_multiplier
+    return multiplier * landmarks.l2_sensitivity(len(plan.landmarks.percentiles))
 
 
 def run_spends(plan: Plan, *, nominal_patients: int, parts: Iterable[str]) -> dict[str, tuple[Spend, ...]]:

@@ -26,9 +26,11 @@ from common.measure import ANY, ArrayKind
 from common.model import FlatArray
 
 PREPARE, TRAIN, EVALUATE, DELIVER = "query.prepare", "train", "evaluate", "query.deliver"
+LANDMARKS = "query.landmarks"
 
 FloatArray = np.ndarray[Any, np.dtype[Any]]
-Purpose = Literal["prepare", "train", "evaluate", "deliver"]
+Purpose = Literal["prepare", "train", "evaluate", "landmarks", "deliver"]
+STATUSES = frozenset(("approved", "waiting", "declined", "incompatible"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +38,8 @@ class Task:
     """What the server asks a site in one message.
 
     ``server_round`` is 0 for prepare. ``part`` is "validation" or "test" for evaluate, else "".
-    ``parameters``: float32, (num_parameters,), or empty for prepare. ``head``: what the coordinator
-    remembers of this site's ledger; for prepare only, and no part of the task's identity.
+    ``parameters``: float32, (num_parameters,), or empty for prepare and landmarks. ``head``: what the
+    coordinator remembers of this site's ledger; for prepare only, and no part of the task's identity.
     """
 
     run: str
@@ -87,8 +89,12 @@ class Update:
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """A site's evaluation: the arrays that ``common.measure.arrays_of`` names, noised as
-    ``common.calibration.measure_noise_std`` says or, without privacy or for public data, exact."""
+    """Counts and scores of a part of a site's cohort, noised or, without privacy or for public data, exact.
+
+    Of an evaluation the arrays that ``common.measure.arrays_of`` names, noised as
+    ``common.calibration.measure_noise_std`` says. Of landmarks one, of ``landmarks``: float64, (landmarks,
+    bins), noised as ``common.calibration.landmark_noise_std`` says.
+    """
 
     server_round: int
     part: str
@@ -169,6 +175,7 @@ def prepared_record(prepared: Prepared) -> RecordDict:
     return RecordDict({"reply": ConfigRecord(fields)})
 
 
+_PARTS = {"train", "validation", "test"}
 _PREPARED_FIELDS = tuple(Prepared.__dataclass_fields__)
 
 
@@ -186,11 +193,13 @@ def read_prepared(record: RecordDict) -> Prepared:
             fields[name] = _text(fields[name])
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", fields["site"]):
             raise InvalidReply("records")  # the name is also that of a file
-        fields["parts"] = tuple(_text(part) for part in fields["parts"])
+        if fields["status"] not in STATUSES:
+            raise InvalidReply("records")
+        fields["parts"] = tuple(_text(part) for part in fields["parts"][: len(_PARTS) + 1])
         fields["nominal_patients"] = _count(fields["nominal_patients"])
     except (KeyError, TypeError, ValueError):
         raise InvalidReply("records") from None
-    if fields["nominal_patients"] < 1:
+    if fields["nominal_patients"] < 1 or not set(fields["parts"]) <= _PARTS:
         raise InvalidReply("records")
     return Prepared(**fields)
 
@@ -230,17 +239,24 @@ def update_record(update: Update) -> RecordDict:
 
 
 def read_update(
-    record: RecordDict, *, server_round: int, num_parameters: int, bound: float, weight: float | None
+    record: RecordDict,
+    *,
+    server_round: int,
+    num_parameters: int,
+    bound: float,
+    max_norm: float,
+    weight: float | None,
 ) -> Update:
     """Unpacks and validates a training reply.
 
     Args:
         bound: largest magnitude of an element that is believed.
+        max_norm: largest Euclidean norm that is believed.
         weight: the public weight the reply must carry; None where the site's exact count is the weight.
 
     Raises:
         InvalidReply: code ``records``, ``server_round``, ``weight``, ``shape``, ``dtype``,
-            ``non_finite`` or ``out_of_bound``.
+            ``non_finite``, ``out_of_bound`` or ``norm``.
     """
     arrays, metrics = _only(record, "update")
     if not {"server-round", "weight"} <= set(metrics) <= {"server-round", "weight", "train-loss"}:
@@ -253,6 +269,8 @@ def read_update(
     values = _decoded(arrays["update"], shape=(num_parameters,), dtype="float32")
     if np.abs(values).max(initial=0.0) > bound:
         raise InvalidReply("out_of_bound")
+    if math.sqrt(np.einsum("i,i", values, values, dtype=np.float64)) > max_norm:
+        raise InvalidReply("norm")
     loss = metrics.get("train-loss")
     return Update(
         server_round=server_round,

@@ -5,18 +5,22 @@ Who needs one of these names takes it from here.
 
 from __future__ import annotations
 
+import json
 import ssl
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
-from flwr.app import Context, Message
+from flwr.app import Array, Context, Message
 
 # A reply's head is sent before its content.
 from flwr.app.message import remove_content_from_message
 
-# The numbers that Flower's own components put into error replies; the header of a signed timestamp.
-from flwr.common.constant import TIMESTAMP_HEADER, ErrorCode
+# The numbers that Flower's own components put into error replies; the header of a signed timestamp, and how
+# far in the past and in the future it may be.
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE, ErrorCode
 
 # Flower's values to and from their protobuf form.
 from flwr.common.serde import (
@@ -37,6 +41,7 @@ from flwr.proto.control_pb2 import (
     RegisterNodeRequest,
     StartRunRequest,
     StopRunRequest,
+    UnregisterNodeRequest,
 )
 
 # The requests of the Fleet API: what a site's agent sends.
@@ -47,6 +52,9 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+
+# The same, for the objects of which messages consist.
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
 
 # What crosses the pipe to a worker process.
 from flwr.proto.message_pb2 import Context as ContextProto
@@ -64,6 +72,8 @@ from flwr.supercore.fab import Fab
 # A message travels as a tree of objects named by their hash.
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
+    get_object_body,
+    get_object_children_ids_from_object_content,
     get_object_tree,
     no_object_id_recompute,
 )
@@ -75,6 +85,7 @@ from flwr.supercore.inflatable.inflatable_protobuf_utils import (
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectPushError,
+    inflate_object_from_contents,
     pull_and_inflate_object_from_tree,
     pull_objects,
     push_objects,
@@ -84,11 +95,16 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
 
+# What protobuf raises over bytes that are none of its messages.
+from google.protobuf.message import DecodeError
+
 __all__ = [
     "ActivateNodeRequest",
     "BACKOFF_SECONDS",
     "DeactivateNodeRequest",
+    "DecodeError",
     "ErrorCode",
+    "FLEET_REQUESTS",
     "Fab",
     "GetRunRequest",
     "HEARTBEAT_SECONDS",
@@ -104,13 +120,19 @@ __all__ = [
     "SendNodeHeartbeatRequest",
     "StartRunRequest",
     "StopRunRequest",
+    "SYSTEM_TIME_TOLERANCE",
+    "TIMESTAMP_TOLERANCE",
+    "UNREADABLE",
+    "UnregisterNodeRequest",
     "assign_id",
+    "bound_messages",
     "build_bundle",
     "control_client",
     "fab_to_proto",
     "fleet_client",
     "get_all_nested_objects",
     "get_object_tree",
+    "inflate_object_from_contents",
     "limit_wait_for_content",
     "make_confirm_message_received_fn_protobuf",
     "make_pull_object_fn_protobuf",
@@ -142,6 +164,29 @@ BACKOFF_SECONDS = 0.05
 SIGNATURE_HEADERS = (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
 """The headers with which a site proves that it is the one that it says: key, time, signature of the time."""
 
+FLEET_REQUESTS: dict[str, Any] = {
+    "activate-node": ActivateNodeRequest,
+    "deactivate-node": DeactivateNodeRequest,
+    "send-node-heartbeat": SendNodeHeartbeatRequest,
+    "pull-messages": PullMessagesRequest,
+    "push-messages": PushMessagesRequest,
+    "get-run": GetRunRequest,
+    "push-object": PushObjectRequest,
+    "pull-object": PullObjectRequest,
+    "confirm-message-received": ConfirmMessageReceivedRequest,
+}
+"""What an agent asks of the Fleet API, by the last part of its path; not ``get-fab``, no registration."""
+
+
+UNREADABLE = (
+    *(ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(RecursionError, MemoryError, DecodeError),
+)
+"""What comes out of a message whose parts are not what they say they are: whoever sent it is to blame.
+
+Errors of the transport are none of these.
+"""
+
 
 def set_identity(run_id: int, *, node_id: int) -> None:
     """Sets whose messages this process makes; needed before the first ``Message`` is constructed."""
@@ -167,6 +212,47 @@ def limit_wait_for_content(seconds: float) -> None:
     message is answered with the error ``MESSAGE_UNAVAILABLE`` instead.
     """
     pull_objects.__kwdefaults__["max_time"] = seconds
+
+
+def bound_messages(max_bytes: int) -> None:
+    """Refuses, in this process, to receive a message of more bytes than this, or to make one in memory.
+
+    A sender may name any number of parts; and an array may name one part a million times, which are a few
+    kilobytes on the wire. What is refused raises one of ``UNREADABLE``.
+    """
+
+    def inflate(cls: type[Array], content: bytes, children: dict[str, Any] | None = None) -> Array:
+        sizes = [
+            len((children or {})[name].data) for name in get_object_children_ids_from_object_content(content)
+        ]
+        parts = json.loads(get_object_body(content, cls))["arraychunk_ids"]
+        if sum(sizes[part] for part in parts) > max_bytes:
+            raise ValueError(f"expected an array of at most {max_bytes} bytes")
+        return _INFLATE_ARRAY(content, children)
+
+    def pull(object_ids: list[str], pull_object: Callable[[str], bytes], **options: Any) -> dict[str, bytes]:
+        return dict(pull_objects(object_ids, _counted(pull_object, max_bytes=max_bytes), **options))
+
+    Array.inflate = classmethod(inflate)
+    for name in _PULLING_MODULES & set(sys.modules):  # a process has imported what it pulls with
+        sys.modules[name].pull_objects = pull  # type: ignore[attr-defined]
+
+
+_INFLATE_ARRAY = Array.inflate
+_PULLING_MODULES = {"flwr.superlink.grid.http_grid", "flwr.supercore.inflatable.inflatable_utils"}
+
+
+def _counted(pull_object: Callable[[str], bytes], *, max_bytes: int) -> Callable[[str], bytes]:
+    sizes: list[int] = []  # appended to by several threads
+
+    def pull(object_id: str) -> bytes:
+        if sum(sizes) > max_bytes:
+            raise ValueError(f"expected a message of at most {max_bytes} bytes")
+        content = pull_object(object_id)
+        sizes.append(len(content))
+        return content
+
+    return pull
 
 
 def pack_message(message: Message) -> bytes:

@@ -11,8 +11,12 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
+from common import landmarks
 from common.asked import Asked
+from common.augmented import Augmentation
 from common.errors import ConfigError
+from common.landmarks import LandmarkHistograms
+from common.strategy import Strategy
 from common.unet import Unet
 from common.value import Name, NonNegative, Positive, Seconds, Value, canonical_json, first_problem
 
@@ -63,39 +67,6 @@ class EfficientNetB0(Value):
 
 
 Model = Annotated[Cnn | ArticleCnn | DenseNet121 | EfficientNetB0 | Unet, Field(discriminator="name")]
-
-
-class Augmentation(Value):
-    """Each case enters a step as so many random copies, whose gradients are averaged before the clip.
-
-    Shifts are fractions of the length of each axis; a volume is turned about all three of its axes; a zoom
-    by z makes things up to 1 + z times as large and up to 1 - z times as small. Along each of ``flip_axes``
-    half of the copies are mirrored; 0 is the first axis of ``preprocessing.size``. Intensities are raised
-    to a power from 1 / ``max_gamma`` to ``max_gamma``, and get Gaussian noise of a standard deviation up to
-    ``max_noise_std``, of a range of 1.
-    """
-
-    copies: Annotated[int, Field(ge=1, le=64)]
-    max_shift_fraction: Annotated[float, Field(ge=0, le=0.5)]
-    max_rotation_degrees: Annotated[float, Field(ge=0, le=180)]
-    max_zoom_fraction: Annotated[float, Field(ge=0, le=0.5)]
-    flip_axes: Annotated[tuple[Annotated[int, Field(ge=0, le=2)], ...], Field(max_length=3)]
-    max_gamma: Annotated[float, Field(ge=1, le=10)]
-    max_noise_std: Annotated[float, Field(ge=0, le=1)]
-
-    @property
-    def moves(self) -> bool:
-        """Whether pixels are moved."""
-        moved = self.max_shift_fraction or self.max_rotation_degrees or self.max_zoom_fraction
-        return bool(moved or self.flip_axes)
-
-    @model_validator(mode="after")
-    def _copies_differ(self) -> Self:
-        if not (self.moves or self.max_gamma > 1 or self.max_noise_std):
-            raise ValueError("expected copies that differ, found nothing random; set augmentation to null")
-        if list(self.flip_axes) != sorted(set(self.flip_axes)):
-            raise ValueError(f"expected flip_axes that increase, found {list(self.flip_axes)}")
-        return self
 
 
 class Training(Value):
@@ -162,18 +133,6 @@ class Evaluation(Value):
     noise_multiplier: Annotated[float, Field(gt=0, le=1e6)] | None
 
 
-class FedAvg(Value):
-    """Federated averaging (McMahan et al. 2017) of updates with public weights."""
-
-    name: Literal["fedavg"]
-    weights: Literal["equal", "nominal", "examples"]
-    server_learning_rate: Positive
-    update_bound: Annotated[float, Field(gt=0, le=1024)]
-
-
-Strategy = FedAvg
-
-
 class Plan(Asked):
     """Everything the coordinator decides for a run, and what it asks of a case; the same at every site."""
 
@@ -185,6 +144,7 @@ class Plan(Asked):
     sites: Annotated[int, Field(ge=1, le=100_000)]
     quorum: Annotated[int, Field(ge=1, le=100_000)]
     node_deadline_seconds: Seconds
+    approval_deadline_seconds: Annotated[float, Field(ge=0, le=30 * 86400)]
     reply_deadline_seconds: Seconds
     grace_seconds: Seconds
     model: Model
@@ -192,21 +152,33 @@ class Plan(Asked):
     privacy: Privacy
     evaluation: Evaluation
     strategy: Strategy
+    landmarks: LandmarkHistograms | None
 
     @model_validator(mode="after")
     def _parts_fit_together(self) -> Self:
         if self.quorum > self.sites:
             raise ValueError(f"expected quorum <= sites, found {self.quorum} > {self.sites}")
+        self._quorum_is_enough_for_the_strategy()
         if self.strategy.weights == "examples" and self.privacy.mechanism != "none":
             raise ValueError("strategy.weights=examples would release exact counts; use equal or nominal")
         if self.privacy.mechanism == "none" and self.evaluation.noise_multiplier is not None:
             raise ValueError("evaluation.noise_multiplier has no effect with privacy=none; set it to null")
         self._evaluation_has_effect()
+        self._landmarks_fit()
         self._augmentation_fits()
         if self.model.name == "article_cnn":
             self._article_cnn_fits()
         self._model_fits_the_target()
         return self
+
+    def _quorum_is_enough_for_the_strategy(self) -> None:
+        least = self.strategy.least_updates
+        if self.quorum < least:
+            raise ValueError(
+                f"expected plan.quorum >= {least} with strategy={self.strategy.name} "
+                f"({self.strategy.condition}), "
+                f"found {self.quorum}; raise the quorum, or choose another strategy"
+            )
 
     def _model_fits_the_target(self) -> None:
         if (self.target == "mask") != isinstance(self.model, Unet):
@@ -231,6 +203,15 @@ class Plan(Asked):
         if asked.noise_multiplier is not None and not self.validation_rounds and not asked.test_at_end:
             raise ValueError("evaluation.noise_multiplier has no effect where nothing is evaluated")
 
+    def _landmarks_fit(self) -> None:
+        if self.landmarks is None:
+            return
+        landmarks.check_place(self.landmarks, self.preprocessing)
+        if self.rounds > 1 or self.validation_rounds or self.evaluation.test_at_end:
+            raise ValueError(
+                "plan.landmarks takes one round and evaluates nothing: choose plan=landmarks, which sets both"
+            )
+
     def _augmentation_fits(self) -> None:
         asked, dimensions = self.training.augmentation, len(self.preprocessing.size)
         if asked is not None and max(asked.flip_axes, default=0) >= dimensions:
@@ -249,8 +230,12 @@ class Plan(Asked):
 
     @property
     def asked(self) -> Asked:
-        """What the plan asks of a case, without the rest: cohorts are opened by it."""
-        return Asked.model_validate({name: getattr(self, name) for name in Asked.model_fields})
+        """What the plan asks of a case, without the rest: cohorts are opened by it.
+
+        Of landmarks, the case as it is after the scaling.
+        """
+        asked = Asked.model_validate({name: getattr(self, name) for name in Asked.model_fields})
+        return asked if self.landmarks is None else landmarks.measured(asked)
 
     @property
     def validation_rounds(self) -> tuple[int, ...]:
@@ -261,7 +246,12 @@ class Plan(Asked):
     @property
     def num_steps(self) -> int:
         """Noisy steps of one site over the whole run."""
-        return self.rounds * self.training.local_steps
+        return self.rounds * self.round_steps
+
+    @property
+    def round_steps(self) -> int:
+        """Noisy steps of one site in a round; the histograms of landmarks are released in one."""
+        return self.training.local_steps if self.landmarks is None else 1
 
     def to_json(self) -> str:
         """Returns canonical JSON: sorted keys, no spaces, ASCII."""

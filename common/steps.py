@@ -91,7 +91,8 @@ class ZScore(Value):
 class Landmarks(Value):
     """Maps percentiles of the image itself to values in [0, 1], linearly between them.
 
-    The values are the same at every site: they come from a survey of all sites, or from elsewhere.
+    The values are the same at every site, and each image is judged by itself alone. They come from a run of
+    ``plan=landmarks`` (``common/landmarks.py``), or from elsewhere.
 
     Source: Nyul, Udupa and Zhang (2000), New Variants of a Method of MRI Scale Standardization.
     """

@@ -38,7 +38,9 @@ def first_problem(error: ValidationError) -> str:
     first = found[0]
     where = ".".join(str(part) for part in first["loc"]) or "plan"
     value = first.get("input")
-    shown = f", found {value!r}" if isinstance(value, (str, int, float, bool, type(None))) else ""
+    is_huge = isinstance(value, int) and value.bit_length() > 1024  # Python writes no number of any length
+    is_plain = isinstance(value, (str, int, float, bool, type(None))) and not is_huge
+    shown = f", found {value!r}" if is_plain else ""
     if first["type"] == "extra_forbidden":
         return f"Unknown key '{where}'; see conf/ for the keys that exist."
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""

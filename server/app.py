@@ -9,23 +9,28 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from safetensors.numpy import save
 
 from common import durable, model
 from common.errors import FeverfewError, QuorumNotReached
-from common.flower import limit_wait_for_content, shorten_backoff
+from common.flower import bound_messages, limit_wait_for_content, shorten_backoff
 from common.plan import Plan
 from common.trail import Trail
 from server import checkpoint
+from server.aggregation import strategy_of
 from server.checkpoint import RunState
 from server.heads import Heads
+from server.landmarks import OVERRIDE_NAME, Found, LandmarkRound
 from server.rounds import Released, Rounds
 from server.run_record import EVENTS, PLAN, End, RunRecord
 from server.story import Status, report_of
-from server.strategy import FedAvg
+from server.trail import signed
 
+MIN_REPLY_BYTES = 2**28
+"""What a reply may have in memory, at least: exact scores of ten million cases."""
 app = ServerApp()
 
 CONTENT_SECONDS = 5.0
@@ -45,13 +50,15 @@ def main(grid: Grid, context: Context) -> None:
         return
     record.directory.mkdir(parents=True, exist_ok=True)
     record.begin_life(context.run_id)
-    with noted_end(record):
+    bound_messages(max(MIN_REPLY_BYTES, 12 * model.num_parameters(model.build(plan))))
+    heads, key = Path(os.environ["FEVERFEW_HEADS_DIRECTORY"]), Path(os.environ["FEVERFEW_TRAIL_KEY"])
+    with noted_end(record), signed(record.directory / EVENTS, run=run, key=key, heads=heads):
         coordinate(
             grid,
             plan,
             run=run,
             directory=record.directory,
-            heads=Heads(Path(os.environ["FEVERFEW_HEADS_DIRECTORY"])),
+            heads=Heads(heads),
             engine=engine(),
         )
 
@@ -99,35 +106,39 @@ def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Head
     checkpoints = directory / "checkpoints"
     state = checkpoint.latest(checkpoints, run=run, plan_hash=plan.hash) or _first(plan, run=run)
     trail.record("run_started", run=run, plan_hash=plan.hash, rounds=plan.rounds, round=state.server_round)
-    rounds = Rounds(
+    kind = Rounds if plan.landmarks is None else LandmarkRound
+    rounds = kind(
         grid,
         plan=plan,
         state=state,
-        strategy=lambda nodes: FedAvg(
-            nodes=nodes,
-            bound=plan.strategy.update_bound,
-            ttl_seconds=plan.reply_deadline_seconds + plan.grace_seconds,
-        ),
+        strategy=lambda nodes: strategy_of(plan, nodes=nodes),
         trail=trail,
         heads=heads,
         save=lambda state: checkpoint.save_state(checkpoints, state),
     )
     status: Status = "failed"
     released = Released(statistics={}, noise_std={})
+    landmarks: Found | None = None
     try:
-        released = rounds.run()
+        if isinstance(rounds, LandmarkRound):
+            landmarks = rounds.find()
+            durable.write(directory / OVERRIDE_NAME, f"{landmarks.override}\n".encode())
+        else:
+            released = rounds.run()
         status = "completed"
     except QuorumNotReached as error:
         status = "quorum_not_reached"
         trail.record("quorum_not_reached", message=str(error))
         raise
     finally:
-        named = model.named_arrays(model.build(plan), rounds.state.parameters)
-        durable.write(directory / "model.safetensors", save(named))
+        if plan.landmarks is None:
+            named = model.named_arrays(model.build(plan), rounds.state.parameters)
+            durable.write(directory / "model.safetensors", save(named))
         report = report_of(
             rounds.state,
             plan=plan,
             released=released,
+            landmarks=landmarks,
             status=status,
             engine=engine,
             restarts=Counter(event["process"] for event in trail.events() if event["event"] == "restarted"),
@@ -136,11 +147,15 @@ def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Head
         trail.record("run_finished" if status == "completed" else "run_failed", status=status)
 
 
+_NOTHING = np.zeros(0, dtype=np.float32)
+"""The parameters of a run that has no model."""
+
+
 def _first(plan: Plan, *, run: str) -> RunState:
     return RunState(
         run=run,
         plan_hash=plan.hash,
         server_round=0,
-        parameters=model.flatten(model.build(plan)),
+        parameters=_NOTHING if plan.landmarks else model.flatten(model.build(plan)),
         started=datetime.now(UTC).isoformat(timespec="milliseconds"),
     )

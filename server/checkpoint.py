@@ -69,7 +69,10 @@ class Attendance:
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """The state of a run after ``server_round`` rounds. parameters: float32, (num_parameters,)."""
+    """The state of a run after ``server_round`` rounds. parameters: float32, (num_parameters,).
+
+    ``waiting_since``: the sites that wait for a person's approval, and when they said so first (UTC).
+    """
 
     run: str
     plan_hash: str
@@ -79,6 +82,7 @@ class RunState:
     rounds: tuple[RoundRecord, ...] = ()
     sites: dict[str, Prepared] = field(default_factory=dict)
     attendance: dict[str, Attendance] = field(default_factory=dict)
+    waiting_since: dict[str, str] = field(default_factory=dict)
 
 
 def save_state(directory: Path, state: RunState) -> None:
@@ -148,7 +152,7 @@ def _load(path: Path) -> RunState | None:
             for name, entry in tree["attendance"].items()
         }
         return RunState(parameters=parameters.astype(np.float32, copy=False), **tree)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
 
 

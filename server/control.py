@@ -17,7 +17,7 @@ from common import flower
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """A registered site as the SuperLink sees it; ``status`` is registered, online or offline."""
+    """A site as the SuperLink sees it; ``status`` is registered, online, offline or unregistered."""
 
     node_id: int
     name: str
@@ -66,8 +66,12 @@ class Control:
             self._client.RegisterNode(flower.RegisterNodeRequest(public_key=public_key, name=name)).node_id
         )
 
+    def unregister(self, node_id: int) -> None:
+        """Ends a node: it is refused from now on, and its key is never taken again."""
+        self._client.UnregisterNode(flower.UnregisterNodeRequest(node_id=node_id))
+
     def nodes(self) -> list[Node]:
-        """Returns the sites that are registered."""
+        """Returns the sites that are registered, or were."""
         found = self._client.ListNodes(flower.ListNodesRequest()).nodes_info
         return [Node(node_id=n.node_id, name=n.name, status=n.status, public_key=n.public_key) for n in found]
 

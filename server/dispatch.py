@@ -20,7 +20,7 @@ import httpx
 
 from common.flower import refusal_text
 from common.trail import Trail
-from server import bundle, checkpoint, enrolment, process
+from server import bundle, checkpoint, enrolment, process, trail
 from server.control import Control, FlowerRun
 from server.home import Home
 from server.run_record import EVENTS, PLAN, End, RunRecord, Submission, open_runs
@@ -69,7 +69,7 @@ class Dispatch:
     def look(self) -> None:
         """Starts what was never started, and what was lost."""
         if not self._knows_sites:  # the SuperLink's data base may be a new one
-            self._knows_sites = enrolment.register_now(self.home)
+            self._knows_sites = enrolment.settle_now(self.home)
         for record, submission in open_runs(self.home.runs):
             if submission.flower_run == 0:
                 self._start(record, submission)
@@ -82,6 +82,7 @@ class Dispatch:
         """Tells every open run that a process of the coordinator was started again."""
         if name == "superlink":
             self._knows_sites = False
+        trail.record_if_possible(self.home, "restarted", process=name)
         for record, _ in open_runs(self.home.runs):
             _trail(record).record("restarted", process=name)
 
@@ -102,6 +103,8 @@ class Dispatch:
         reached = checkpoint.newest_round(record.directory / "checkpoints")
         lives = 0 if reached > submission.server_round else submission.lives
         if lives >= MAX_LIVES:
+            _trail(record).record("given_up", lives=lives)
+            trail.sign_run(self.home, record.run)
             record.finish(End(status="failed", message=self._why(submission)))
             logger.error("run %s was started %d times in vain and is given up", record.run, lives)
             return

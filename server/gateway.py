@@ -6,43 +6,32 @@ The SuperLink behind it serves the Control API on the same port, where whoever a
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from ssl import TLSVersion
-from typing import Final
+from typing import Any, Final
 
 import httpx
 import uvicorn
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from common import flower
+from server import admission
+from server.admission import Admission, Denial, admit
+from server.connection import Connection, Hall, require_certificates
+from server.denied import Denied
+from server.freshness import Freshness, Marks
 from server.home import Home, open_home
+from server.nodes import Nodes
+from server.peer import Peer
+from server.refusals import Refusals
 
 logger = logging.getLogger("feverfew.gateway")
 
-PATHS: Final = frozenset(
-    f"/v1/fleet/{name}".encode()
-    for name in (
-        "activate-node",
-        "deactivate-node",
-        "send-node-heartbeat",
-        "pull-messages",
-        "push-messages",
-        "get-run",
-        "push-object",
-        "pull-object",
-        "confirm-message-received",
-    )
-)
-"""What the agent needs. Not ``get-fab`` (code), not registration (the coordinator's business)."""
-
-MAX_BODY_BYTES: Final = 16 * 2**20
-"""Flower sends arrays in chunks of 5 MiB; the rest of a message is small."""
 BODY_SECONDS: Final = 60.0
 """For a whole body: 16 MiB at 2.2 Mbit/s. A slower sender is cut off."""
 ANSWER_SECONDS: Final = 60.0
@@ -54,44 +43,39 @@ REQUEST_HEADERS: Final = frozenset(
 """What goes on to the SuperLink; its other headers belong to APIs that no site needs."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Denial:
-    """Why a request goes no further: an HTTP status, and a word for the log."""
-
-    status: int
-    reason: str
-
-
-def admit(
-    method: str, raw_path: bytes, headers: Mapping[bytes, bytes], peer: tuple[str, int] | None
-) -> Denial | None:
-    """Decides on a request by its head alone; None lets it pass.
-
-    The path is compared byte by byte as it came over the wire: nothing is decoded or tidied up, so no
-    spelling of another path can become one of ours.
+class Gateway:
+    """An ASGI application: decides, reads the body within limits, asks the SuperLink, hands on its answer.
 
     Args:
-        method: as it came.
-        raw_path: the request's target, a query included.
-        headers: names in lower case.
-        peer: address and port of the other end.
+        admission: decides on who asks.
+        hall: who is connected, and what was refused.
+        upstream: asks the SuperLink.
+        close: called at the end.
     """
-    del peer  # limits for each site need it
-    if raw_path not in PATHS:
-        return Denial(status=403, reason="path")
-    if method != "POST":
-        return Denial(status=403, reason="method")
-    length = headers.get(b"content-length")
-    if length is not None and (not length.isdigit() or int(length) > MAX_BODY_BYTES):
-        return Denial(status=413, reason="size")
-    return None
 
-
-class Gateway:
-    """An ASGI application: decides, reads the body within limits, asks the SuperLink, hands on its answer."""
-
-    def __init__(self, upstream: httpx.AsyncClient) -> None:
+    def __init__(
+        self,
+        *,
+        admission: Admission,
+        hall: Hall,
+        upstream: httpx.AsyncClient,
+        close: Callable[[], None],
+    ) -> None:
+        self._admission = admission
+        self._hall = hall
         self._upstream = upstream
+        self._close = close
+        self._passed = 0
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """What happened since the start, for JSON: requests passed, refusals by reason, sites connected."""
+        return {
+            "passed": self._passed,
+            "refused": dict(self._hall.refusals.counts),
+            "connections": self._hall.present.total(),
+            "sites": len(self._hall.present),
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -100,7 +84,7 @@ class Gateway:
         assert scope["type"] == "http", "uvicorn runs without websockets"
         request = Request(scope, receive)
         try:
-            response = await self._respond(request)
+            response = await self._respond(request, scope["state"]["peer"])
         except ClientDisconnect:
             return
         await response(scope, receive, send)
@@ -110,20 +94,28 @@ class Gateway:
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await self._upstream.aclose()
+        self._close()
         await send({"type": "lifespan.shutdown.complete"})
 
-    async def _respond(self, request: Request) -> Response:
+    async def _respond(self, request: Request, peer: Peer) -> Response:
         scope = request.scope
         target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-        denial = admit(scope["method"], target, dict(scope["headers"]), scope["client"])
-        if denial is None:
-            body = await self._body(request)
-            if not isinstance(body, Denial):
-                return await self._forward(scope["raw_path"].decode("ascii"), request, body)
-            denial = body
-        logger.warning("refused %s from %s: %s", ascii(target[:200]), scope["client"], denial.reason)
+        denial = admit(scope["method"], target, scope["headers"])
+        denial = denial or self._admission.head(peer, scope["headers"])
+        body = denial or await self._body(request)
+        if not isinstance(body, Denial):
+            denial = await self._admission.body(peer, target, body)
+            denial = denial or self._admission.standing(peer)  # reading and asking took time
+            if denial is None:
+                self._passed += 1
+                return await self._forward(target.decode("ascii"), request, body)
+            body = denial
+        self._hall.refusals.note(body.reason, who=peer.name, what=ascii(target[:200]))
         # The connection is closed, so that what is left of a body is not taken for a request.
-        return Response(status_code=denial.status, headers={"connection": "close"})
+        closing = {"connection": "close"}
+        if not body.detail:
+            return Response(status_code=body.status, headers=closing)
+        return JSONResponse({"detail": body.detail}, status_code=body.status, headers=closing)
 
     async def _body(self, request: Request) -> bytes | Denial:
         body = bytearray()
@@ -131,7 +123,7 @@ class Gateway:
             async with asyncio.timeout(BODY_SECONDS):
                 async for chunk in request.stream():
                     body += chunk
-                    if len(body) > MAX_BODY_BYTES:
+                    if len(body) > admission.MAX_BODY_BYTES:
                         return Denial(status=413, reason="size")
         except TimeoutError:
             return Denial(status=408, reason="slow")
@@ -157,6 +149,7 @@ def build(home: Home) -> uvicorn.Server:
         UserError: a key file is missing or readable by others.
     """
     home.check_secrets()
+    hall, marks = Hall(Refusals()), Marks(home.state / "gateway.marks")
     upstream = httpx.AsyncClient(
         base_url=f"https://{home.internal_address}",
         verify=home.tls,
@@ -164,12 +157,22 @@ def build(home: Home) -> uvicorn.Server:
         trust_env=False,  # a proxy has no place between gateway and SuperLink
         limits=httpx.Limits(max_connections=MAX_CONNECTIONS, keepalive_expiry=4.0),
     )
+    gateway = Gateway(
+        admission=Admission(
+            denied=Denied(home.denied),
+            freshness=Freshness(marks),
+            nodes=Nodes(functools.partial(registered, home)),
+        ),
+        hall=hall,
+        upstream=upstream,
+        close=marks.close,
+    )
     config = uvicorn.Config(
-        Gateway(upstream),
+        gateway,
         host=home.settings.bind,
         port=home.settings.port,
-        http="h11",  # keeps the target of a request as it came
-        loop="asyncio",  # the same everywhere, whatever else is installed
+        http=functools.partial(Connection, hall=hall),  # h11 keeps the target of a request as it came
+        loop="server.connection:Loop",
         ws="none",
         lifespan="on",
         ssl_certfile=str(home.server_certificate),
@@ -184,8 +187,14 @@ def build(home: Home) -> uvicorn.Server:
     )
     config.load()
     assert config.ssl is not None
-    config.ssl.minimum_version = TLSVersion.TLSv1_3
+    require_certificates(config.ssl, authority=home.authority_certificate, refusals=hall.refusals)
     return uvicorn.Server(config)
+
+
+def registered(home: Home) -> Mapping[bytes, int]:
+    """Returns the node of every key that the SuperLink has registered."""
+    with home.control() as control:
+        return {node.public_key: node.node_id for node in control.nodes()}
 
 
 def main() -> None:

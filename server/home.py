@@ -8,36 +8,24 @@ import secrets
 import shutil
 import ssl
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from common import keys
+from common import certificates, keys
+from common.certificates import SERVER_DAYS
 from common.errors import ConfigError, UserError
 from common.invitation import Invitation
+from common.settings import tree_of
 from common.value import first_problem
 from server.control import Control
+from server.denied import HEADER
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 LOOPBACK = "127.0.0.1"
 SETTINGS = "coordinator.yaml"
-
-TEMPLATE = """\
-# The name or address under which hospitals reach the gateway; it stands in the server certificate.
-host: {host}
-# The port of the gateway, the only one that hospitals need.
-port: {port}
-# The local address that the gateway listens on.
-bind: {bind}
-# The port of the SuperLink. It listens on 127.0.0.1 only; whoever reaches it controls the federation, so this
-# computer must have no other users.
-internal_port: {internal_port}
-# A port on 127.0.0.1 where this computer can ask how the coordinator is: /health, /ready and /metrics
-# (docs/operation.md). null for none.
-monitor_port: null
-"""
 
 
 class CoordinatorSettings(BaseModel):
@@ -50,6 +38,7 @@ class CoordinatorSettings(BaseModel):
     bind: str
     internal_port: Port
     monitor_port: Port | None
+    certificate_days: Annotated[float, Field(gt=0, le=SERVER_DAYS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +53,10 @@ class Home:
         return self.directory / "authority.crt"
 
     @property
+    def authority_key(self) -> Path:
+        return self.directory / "private" / "authority.key"
+
+    @property
     def server_certificate(self) -> Path:
         return self.directory / "server.crt"
 
@@ -72,13 +65,23 @@ class Home:
         return self.directory / "private" / "server.key"
 
     @property
+    def trail_key(self) -> Path:
+        """Signs trails and nothing else; made at the first use."""
+        return self.directory / "private" / "trail.key"
+
+    @property
     def superexec_secret(self) -> Path:
         return self.directory / "private" / "superexec.secret"
 
     @property
     def sites(self) -> Path:
-        """One ``NAME.pub`` for each enrolled site."""
+        """The certificates of enrolled sites, ``NAME.NUMBER.crt``."""
         return self.directory / "sites"
+
+    @property
+    def denied(self) -> Path:
+        """The keys that the gateway refuses."""
+        return self.directory / "denied.txt"
 
     @property
     def runs(self) -> Path:
@@ -138,13 +141,12 @@ def create_home(directory: Path, *, host: str, port: int, internal_port: int) ->
     if directory.exists():
         raise UserError(f"Expected no {directory}, found one; a coordinator's keys are never overwritten.")
     bind = host if _is_loopback(host) else "0.0.0.0"
-    settings = _settings(
-        {"host": host, "port": port, "bind": bind, "internal_port": internal_port, "monitor_port": None}
-    )
+    text = _template().format(host=host, port=port, bind=bind, internal_port=internal_port)
+    settings = _settings(tree_of(text))
     building = directory.with_name(f".{directory.name}.{secrets.token_hex(4)}")
     building.mkdir(mode=0o700, parents=True)
     try:
-        _fill(Home(directory=building, settings=settings))
+        _fill(Home(directory=building, settings=settings), text=text)
         os.rename(building, directory)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -164,12 +166,13 @@ def open_home(directory: Path) -> Home:
             f"Expected a coordinator's directory at {directory}, found none; make one with "
             f"feverfew-server init {directory} --host NAME"
         )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError:
-        raise ConfigError(f"Expected YAML in {path}, found something else.") from None
+    settings = _settings(tree_of(path.read_bytes()))
     # Absolute, since the coordinator's processes run in a directory of their own.
-    return Home(directory=directory.resolve(), settings=_settings(tree))
+    return Home(directory=directory.resolve(), settings=settings)
+
+
+def _template() -> str:
+    return resources.files("conf").joinpath("coordinator.yaml").read_text(encoding="utf-8")
 
 
 def _settings(tree: object) -> CoordinatorSettings:
@@ -179,24 +182,25 @@ def _settings(tree: object) -> CoordinatorSettings:
         raise ConfigError(f"{SETTINGS}: {first_problem(error)}") from None
 
 
-def _fill(home: Home) -> None:
+def _fill(home: Home, *, text: str) -> None:
     for directory in (home.server_key.parent, home.sites, home.runs, home.logs, home.state):
         directory.mkdir(mode=0o700)
     authority_key, server_key = keys.generate(), keys.generate()
-    authority = keys.make_authority(authority_key, name=f"Feverfew coordinator {home.settings.host}"[:64])
-    certificate = keys.make_server_certificate(
+    name = f"Feverfew coordinator {home.settings.host}"[:64]
+    authority = certificates.make_authority(authority_key, name=name)
+    certificate = certificates.make_server_certificate(
         server_key.public_key(),
         hosts=[home.settings.host, "localhost", LOOPBACK],
         authority=authority,
         authority_key=authority_key,
     )
-    keys.write_private(home.server_key.with_name("authority.key"), authority_key)
+    keys.write_private(home.authority_key, authority_key)
     keys.write_private(home.server_key, server_key)
     keys.write_secret(home.superexec_secret, secrets.token_hex(32).encode())
-    home.authority_certificate.write_bytes(keys.certificate_pem(authority))
-    home.server_certificate.write_bytes(keys.certificate_pem(certificate))
-    settings = home.directory / SETTINGS
-    settings.write_text(TEMPLATE.format(**home.settings.model_dump()), encoding="utf-8")
+    home.authority_certificate.write_text(certificates.to_pem(authority), encoding="ascii")
+    home.server_certificate.write_text(certificates.to_pem(certificate), encoding="ascii")
+    home.denied.write_text(HEADER, encoding="utf-8")
+    (home.directory / SETTINGS).write_text(text, encoding="utf-8")
 
 
 def _is_loopback(host: str) -> bool:

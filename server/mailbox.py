@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Message
+from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
-from common.flower import ErrorCode
+from common.flower import UNREADABLE, ErrorCode
+from server.addresses import Addresses
 
 _SHORTEST_PAUSE_SECONDS = 0.002
 _LONGEST_PAUSE_SECONDS = 0.25
 _PAUSE_FRACTION = 0.02  # of the time waited so far: what polling may add to a round
 _PAUSE_TO_POLL = 2.0  # of the time that the last look took: polling must not keep the SuperLink from its work
 _PUSH_AGAIN_SECONDS = 1.0
+NOT_READABLE = 1000
+"""The code of the error that stands for a reply whose parts are not what they say they are."""
 # What Flower answers itself when a node was away: the task is lost, the site may be back.
 _LOST = {ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE}
 
@@ -36,7 +39,8 @@ class Mailbox:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
-        self._overdue: dict[str, Late] = {}
+        self.addresses = Addresses(grid)
+        self._overdue: dict[str, Message] = {}
         self._lost: list[int] = []
 
     def ask(
@@ -44,18 +48,23 @@ class Mailbox:
     ) -> Iterator[tuple[int, Message | None]]:
         """Pushes messages and yields (node, reply) as they come, at the end (node, None) for the missing.
 
-        A task that Flower lost because its node was away is pushed again until the deadline; the site
-        recognises it by its identity.
+        A task that Flower lost because its node was away is pushed again until the deadline, to the node
+        under which the site is reached by then; the site recognises it by its identity. A node that is not
+        registered any more gets no task: it is missing at once.
         """
         pending = self._push(messages)
+        yield from self._refused(messages, pending)
         again: dict[int, tuple[float, Message]] = {}  # by node: when to push what a second time
         start = time.monotonic()
-        end = start + deadline_seconds
-        while (pending or again) and time.monotonic() < end:
+        is_last_look = False
+        while (pending or again) and not is_last_look:
             arrived = False
             began = time.monotonic()
+            # Flower waits for the rest of a reply that was begun, while those of others lie ready: all get a
+            # look after the deadline.
+            is_last_look = began >= start + deadline_seconds
             for message_id, message in list(pending.items()):
-                reply = self._pull(message_id)
+                reply = self._pull(message_id, message)
                 if reply is None:
                     continue
                 arrived = True
@@ -68,15 +77,18 @@ class Mailbox:
                 yield message.metadata.dst_node_id, reply
                 del reply
             due = [node for node, (when, _) in again.items() if when <= time.monotonic()]
-            if due:
-                pending |= self._push([again.pop(node)[1] for node in due])
-            if not arrived:
+            if due and not is_last_look:
+                fresh = [self._readdressed(again.pop(node)[1]) for node in due]
+                pushed = self._push(fresh)
+                yield from self._refused(fresh, pushed)
+                pending |= pushed
+            if not arrived and not is_last_look:
                 now = time.monotonic()
                 pause = max((now - start) * _PAUSE_FRACTION, (now - began) * _PAUSE_TO_POLL)
                 time.sleep(min(max(pause, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS))
         for message_id, message in pending.items():
             metadata = message.metadata
-            self._overdue[message_id] = Late(node=metadata.dst_node_id, group=metadata.group_id)
+            self._overdue[message_id] = message
             yield metadata.dst_node_id, None
         for node in again:
             yield node, None
@@ -89,29 +101,45 @@ class Mailbox:
     def late(self) -> list[Late]:
         """Returns the replies to earlier messages that have come since, and forgets them."""
         found = []
-        for message_id, late in list(self._overdue.items()):
-            reply = self._pull(message_id)
+        for message_id, message in list(self._overdue.items()):
+            reply = self._pull(message_id, message)
             if reply is not None:
                 del self._overdue[message_id]
                 if not reply.has_error():
-                    found.append(late)
+                    metadata = message.metadata
+                    found.append(Late(node=metadata.dst_node_id, group=metadata.group_id))
         return found
 
     def _push(self, messages: Sequence[Message]) -> dict[str, Message]:
-        fresh = [_copy(message) for message in messages]
+        fresh = [_copy(message, node=message.metadata.dst_node_id) for message in messages]
         ids = list(self._grid.push_messages(fresh))
         return {str(i): message for i, message in zip(ids, fresh, strict=True) if i}
 
-    def _pull(self, message_id: str) -> Message | None:
-        return next(iter(self._grid.pull_messages([message_id])), None)
+    def _readdressed(self, message: Message) -> Message:
+        return _copy(message, node=self.addresses.successor(message.metadata.dst_node_id))
+
+    def _refused(
+        self, messages: Sequence[Message], pushed: Mapping[str, Message]
+    ) -> Iterator[tuple[int, Message | None]]:
+        taken = {message.metadata.dst_node_id for message in pushed.values()}
+        for message in messages:
+            if message.metadata.dst_node_id not in taken:
+                yield message.metadata.dst_node_id, None
+
+    def _pull(self, message_id: str, message: Message) -> Message | None:
+        """Returns the first reply to a message; further ones are never looked at."""
+        try:
+            return next(iter(self._grid.pull_messages([message_id])), None)
+        except UNREADABLE:  # one site's broken reply must not end the run of all
+            return Message(Error(code=NOT_READABLE, reason="unreadable"), reply_to=message)
 
 
-def _copy(message: Message) -> Message:
+def _copy(message: Message, *, node: int) -> Message:
     """A message that is pushed a second time needs a creation time of its own."""
     metadata = message.metadata
     return Message(
         message.content,
-        dst_node_id=metadata.dst_node_id,
+        dst_node_id=node,
         message_type=metadata.message_type,
         ttl=metadata.ttl,
         group_id=metadata.group_id,

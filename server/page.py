@@ -50,6 +50,7 @@ def render(report: Report) -> str:
         classes=report.plan.get("classes", ()),
         is_binary=_is_binary(report.plan),
         headline=report.headline,
+        landmarks=landmarks(report),
         quorum=report.plan.get("quorum"),
         planned_rounds=report.plan.get("rounds"),
         target=report.plan.get("privacy", {}).get("target_epsilon"),
@@ -71,6 +72,8 @@ def _is_binary(plan: Mapping[str, Any]) -> bool:
 
 def story(report: Report) -> str:
     """One sentence about how the run ended."""
+    if report.asks_for_landmarks and report.status == "completed":
+        return "Landmarks of intensity were asked of the sites; nothing was trained."
     planned, quorum, done = report.plan.get("rounds"), report.plan.get("quorum"), len(report.rounds)
     if report.status == "completed":
         return f"{'All ' if done == planned else ''}{done} rounds were run and the final model was tested."
@@ -86,6 +89,15 @@ def story(report: Report) -> str:
         )
     reason = " for lack of a quorum" if report.status == "quorum_not_reached" else ""
     return f"The run ended{reason} after {done} of {planned} rounds. {kept}"
+
+
+def landmarks(report: Report) -> str:
+    """Says to which values the percentiles are mapped."""
+    found = report.landmarks
+    if found is None:
+        return "no landmarks"
+    pairs = zip(found.percentiles, found.values, strict=True)
+    return "percentile to value: " + ", ".join(f"{place:g} to {value:g}" for place, value in pairs)
 
 
 def sections(plan: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

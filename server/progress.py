@@ -53,6 +53,10 @@ class Progress:
                 self._bars.update(self._rounds, description="finished")
             case {"event": "run_failed", "status": status}:
                 self._bars.update(self._rounds, description=f"failed: {status}")
+            case {"event": "site_prepared", "site": site, "status": "waiting"}:
+                self._tell(f"{site} has not approved the plan yet")
+            case {"event": "approval_awaited", "seconds": float(seconds)} if seconds > 0:
+                self._bars.update(self._rounds, description=f"waiting {seconds:.0f} s at most for approval")
             case {"event": "site_prepared", "site": site, "status": str(status), "reason": reason}:
                 if status != "approved":
                     self._tell(f"{site} does not take part: {status} {reason}")

@@ -81,7 +81,8 @@ class Privacy(Part):
 class Participation(Part):
     """A site's part in the run; ``story`` tells it in one line.
 
-    ``tasks_sent_again`` counts those over which the site went away.
+    ``tasks_sent_again`` counts those over which the site went away; ``waiting_since`` is when a site said
+    first that nobody there had approved the plan, where that is so still.
     """
 
     status: str
@@ -92,10 +93,25 @@ class Participation(Part):
     tasks_sent_again: int
     story: str
     patient_is: str
+    waiting_since: AwareDatetime | None = None
     offered: int | None = None
     used: int | None = None
     quarantined: int | None = None
     reasons: dict[str, int] | None = None
+
+
+class LandmarkResult(Part):
+    """What was found of the intensities of all sites, for the step ``landmarks`` of a later plan.
+
+    ``uncertainty``: what noise adds to the place of a median, as a standard deviation in fractions of the
+    patients. ``override`` is that plan's preprocessing.
+    """
+
+    percentiles: tuple[float, ...]
+    values: tuple[float, ...]
+    uncertainty: float
+    sites: int
+    override: str
 
 
 class Timing(Part):
@@ -127,6 +143,7 @@ class Report(Part):
     timing: Timing
     restarts: dict[str, int]
     plan: dict[str, Any]
+    landmarks: LandmarkResult | None = None
     notes: tuple[str, ...]
 
     def to_json(self) -> str:
@@ -151,6 +168,11 @@ class Report(Part):
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, ValidationError) as error:
             raise StateError(f"Expected a report in {path}, found {type(error).__name__}: {error}") from error
+
+    @property
+    def asks_for_landmarks(self) -> bool:
+        """Says whether the run trained nothing and asked for landmarks of intensity instead."""
+        return self.plan.get("landmarks") is not None
 
     @property
     def headline(self) -> Headline:

@@ -1,15 +1,15 @@
-"""Which sites take part: found on the grid, asked once to prepare, known by their enrolled name."""
+"""Which sites take part: found on the grid, asked to prepare until they have decided, known by their
+enrolled name."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 from flwr.app import Message
-from flwr.serverapp import Grid
 
 from common import exchange
 from common.calibration import require_reachable
@@ -17,6 +17,7 @@ from common.errors import InvalidReply, PrivacyTargetError
 from common.exchange import Prepared, Task
 from common.plan import Plan
 from common.trail import Trail
+from server.approvals import pause_seconds
 from server.heads import Heads, taken_from
 from server.mailbox import Mailbox
 
@@ -28,10 +29,7 @@ _ATTEMPTS = 3
 class Roster:
     """The sites of a run."""
 
-    def __init__(
-        self, grid: Grid, mailbox: Mailbox, *, plan: Plan, run: str, trail: Trail, heads: Heads
-    ) -> None:
-        self._grid = grid
+    def __init__(self, mailbox: Mailbox, *, plan: Plan, run: str, trail: Trail, heads: Heads) -> None:
         self._mailbox = mailbox
         self._plan = plan
         self._run = run
@@ -39,6 +37,8 @@ class Roster:
         self._heads = heads
         self._names: dict[int, str] = {}
         self._attempts: Counter[int] = Counter()
+        self._asked = time.monotonic()
+        self._ask_again = 0.0
         self.sites: dict[str, Prepared] = {}
         """Every site that answered, by name."""
 
@@ -49,13 +49,35 @@ class Roster:
             time.sleep(_LOOK_SECONDS)
         self.admit_newcomers()
 
+    def await_decisions(self, *, seconds: float, learn: Callable[[], None]) -> None:
+        """Asks the sites that wait for a person's approval again and again, until all the sites that are
+        expected have decided, or for so long. ``learn`` is called whenever they were asked."""
+        end = time.monotonic() + seconds
+        while self.waiting and len(self.nodes("deliver")) < self._plan.sites:
+            left = end - time.monotonic()
+            if left <= 0:
+                return
+            time.sleep(min(left, max(_LOOK_SECONDS, self._ask_again - time.monotonic())))
+            self.admit_newcomers()
+            learn()
+
+    @property
+    def waiting(self) -> list[str]:
+        """The sites that are known to wait for a person's approval."""
+        return sorted(name for name, site in self.sites.items() if site.status == "waiting")
+
     def admit_newcomers(self) -> None:
-        """Prepares the sites that have come since; a site that was seen before is not asked again."""
-        newcomers = {
-            node: name
-            for node, name in self._nodes().items()
-            if node not in self._names and self._attempts[node] < _ATTEMPTS
-        }
+        """Prepares the sites that have come since, and again those that waited for a person's approval.
+
+        Others that were seen before are not asked again. Nor is one that comes as another node because its
+        key was renewed: it is the same site.
+        """
+        online = self._nodes()
+        for node, name in online.items():
+            if name in self.sites:
+                self._names.pop(node, None)
+                self._names[node] = name  # the last of a name is the one that is asked
+        newcomers = {node: name for node, name in online.items() if self._is_to_ask(node)}
         if not newcomers:
             return
         task = Task(
@@ -80,10 +102,19 @@ class Roster:
         deadline = self._plan.reply_deadline_seconds
         for node, reply in self._mailbox.ask(messages, deadline_seconds=deadline):
             self._admit(node, enrolled=newcomers[node], reply=reply)
+        now = time.monotonic()
+        self._ask_again = now + pause_seconds(now - self._asked)
+
+    def _is_to_ask(self, node: int) -> bool:
+        if self._attempts[node] >= _ATTEMPTS:
+            return False
+        is_waiting = self._names.get(node) in self.waiting
+        return node not in self._names or (is_waiting and time.monotonic() >= self._ask_again)
 
     def name(self, node: int) -> str:
         """Returns the name of a site's node."""
-        return self._names.get(node, f"node {node}")
+        known = self._mailbox.addresses.name(node)
+        return self._names.get(node, known if known in self.sites else f"node {node}")
 
     def nodes(self, purpose: str) -> Sequence[int]:
         """Returns the nodes to ask, by site name: "train", the part to evaluate, or "deliver"."""
@@ -105,7 +136,7 @@ class Roster:
             prepared = exchange.read_prepared(reply.content)
             if enrolled and prepared.site != enrolled:
                 raise InvalidReply("other_name")
-            if prepared.site in self.sites and prepared.site in self._names.values():
+            if prepared.site in self._names.values() and self._names.get(node) != prepared.site:
                 raise InvalidReply("second_node")
             if prepared.status == "approved":
                 self._require_reachable(prepared)
@@ -114,10 +145,13 @@ class Roster:
             return
         self._heads.keep(prepared.site, head)
         self._names[node] = prepared.site
+        self._attempts[node] = 0
+        former = self.sites.get(prepared.site)
         self.sites[prepared.site] = prepared
-        self._trail.record(
-            "site_prepared", site=prepared.site, status=prepared.status, reason=prepared.reason
-        )
+        if former is None or (former.status, former.reason) != (prepared.status, prepared.reason):
+            self._trail.record(
+                "site_prepared", site=prepared.site, status=prepared.status, reason=prepared.reason
+            )
 
     def _require_reachable(self, site: Prepared) -> None:
         """The noise of a site is computed here from its public number, so there must be one."""
@@ -128,7 +162,7 @@ class Roster:
 
     def _nodes(self) -> dict[int, str]:
         """Node ids on the grid with the enrolled name, "" where the grid gives none."""
-        return {node.node_id: str(getattr(node, "name", "")) for node in self._grid.get_nodes()}
+        return self._mailbox.addresses.online()
 
 
 def _takes(site: Prepared, purpose: str) -> bool:

@@ -21,9 +21,11 @@ from common.metrics import Histogram, Scores
 from common.model import FlatArray
 from common.plan import NoPrivacy, Plan
 from common.trail import Trail
+from server import approvals
 from server.checkpoint import Attendance, RoundRecord, RunState
 from server.heads import Heads, taken_from
-from server.mailbox import Mailbox
+from server.mailbox import NOT_READABLE, Mailbox
+from server.norm import largest_norm
 from server.roster import Roster
 
 
@@ -60,7 +62,7 @@ class Rounds:
         self._heads = heads
         self._save = save
         self._mailbox = Mailbox(grid)
-        self._roster = Roster(grid, self._mailbox, plan=plan, run=state.run, trail=trail, heads=heads)
+        self._roster = Roster(self._mailbox, plan=plan, run=state.run, trail=trail, heads=heads)
         self._strategy = strategy(lambda purpose: list(self._roster.nodes(purpose)))
         self.state = state
         """The last good state; kept when the run fails."""
@@ -73,6 +75,8 @@ class Rounds:
         """
         self._roster.gather()
         self._learn_sites()
+        if self.state.server_round == 0 and self._roster.waiting:
+            self._await_approval()
         while self.state.server_round < self._plan.rounds:
             self._roster.admit_newcomers()
             self._learn_sites()
@@ -86,6 +90,14 @@ class Rounds:
         self._count_late()
         return test
 
+    def _await_approval(self) -> None:
+        """Waits for persons at the sites; the deadline counts from the first asking, whatever died since."""
+        deadline = self._plan.approval_deadline_seconds
+        left = approvals.seconds_left(self.state.waiting_since, deadline_seconds=deadline)
+        if left > 0:
+            self._trail.record("approval_awaited", sites=self._roster.waiting, seconds=left)
+            self._roster.await_decisions(seconds=left, learn=self._learn_sites)
+
     def _round(self, server_round: int) -> None:
         start = time.monotonic()
         plan = self._plan
@@ -96,14 +108,15 @@ class Rounds:
                 server_round, record.array_records["arrays"], record.config_records["task"], self._grid
             )
         )
-        self._trail.record("round_started", round=server_round, rounds=plan.rounds, sites=len(messages))
+        self._note_asked("round_started", messages, task, rounds=plan.rounds)
         valid: list[str] = []
         replies = self._valid_updates(messages, server_round=server_round, valid=valid)
         arrays, measures = self._strategy.aggregate_train(server_round, replies)
         self._count_away()
         if len(valid) < plan.quorum or arrays is None or measures is None:
             raise QuorumNotReached(
-                f"Expected at least {plan.quorum} valid updates in round {server_round}, found "
+                f"Expected at least {plan.quorum} valid updates in round {server_round} for "
+                f"strategy={plan.strategy.name}, found "
                 f"{len(valid)} of {len(messages)} asked; {self._reasons()}. "
                 f"The model after round {server_round - 1} is kept."
             )
@@ -140,12 +153,16 @@ class Rounds:
             name = self._roster.name(node)
             try:
                 content = self._content(name, reply)
+                if name in valid:
+                    raise InvalidReply("second_reply")
+                site = self._roster.sites[name]
                 exchange.read_update(
                     content,
                     server_round=server_round,
                     num_parameters=len(self.state.parameters),
                     bound=self._plan.strategy.update_bound,
-                    weight=self._weight(self._roster.sites[name]),
+                    max_norm=self._max_norm(site),
+                    weight=self._weight(site),
                 )
             except InvalidReply as problem:
                 self._note(name, problem.code, server_round)
@@ -157,6 +174,13 @@ class Rounds:
             assert reply is not None
             yield reply
             del reply, content
+
+    def _max_norm(self, site: Prepared) -> float:
+        asked = self._plan.strategy.max_update_norm
+        possible = largest_norm(
+            self._plan, nominal_patients=site.nominal_patients, parameters=self.state.parameters
+        )
+        return possible if asked is None else min(asked, possible)
 
     def _weight(self, site: Prepared) -> float | None:
         """The public weight that a site's reply must carry; None where its exact count is the weight."""
@@ -193,7 +217,7 @@ class Rounds:
         )
         statistics: dict[str, Statistic] = {}
         noise_std: dict[str, float] = {}
-        self._trail.record("evaluation_started", round=server_round, part=part, sites=len(messages))
+        self._note_asked("evaluation_started", messages, task, part=part)
         for node, reply in self._mailbox.ask(messages, deadline_seconds=self._plan.reply_deadline_seconds):
             name = self._roster.name(node)
             site = self._roster.sites[name]
@@ -218,6 +242,7 @@ class Rounds:
                 )
             seen = self._attendance(name)
             self._attend(name, replace(seen, evaluations=(*seen.evaluations, part)))
+            self._trail.record("scores", round=server_round, part=part, site=name)
         return Released(statistics=statistics, noise_std=noise_std)
 
     def _deliver(self) -> None:
@@ -252,7 +277,12 @@ class Rounds:
         )
 
     def _learn_sites(self) -> None:
-        self.state = replace(self.state, sites={**self.state.sites, **self._roster.sites})
+        former = self.state.waiting_since
+        waiting = approvals.since(former, self._roster.waiting)
+        sites = {**self.state.sites, **self._roster.sites}
+        self.state = replace(self.state, sites=sites, waiting_since=waiting)
+        if waiting != former and self.state.server_round == 0:
+            self._save(self.state)  # so that a restart does not wait as long again
 
     def _count_away(self) -> None:
         for node in self._mailbox.lost():
@@ -267,6 +297,11 @@ class Rounds:
             seen = self._attendance(name)
             self._attend(name, replace(seen, late=seen.late + 1))
             self._trail.record("reply_late", site=name, round=late.group)
+
+    def _note_asked(self, event: str, messages: list[Message], task: Task, **more: Any) -> None:
+        asked = [self._roster.name(message.metadata.dst_node_id) for message in messages]
+        told = {"round": task.server_round, **more, "sites": len(asked), "asked": asked}
+        self._trail.record(event, **told, task=task.identity)
 
     def _note(self, name: str, code: str, server_round: int) -> None:
         self._attend(name, self._attendance(name).with_problem(code))
@@ -297,6 +332,8 @@ def _content(reply: Message | None) -> RecordDict:
     if reply is None:
         raise InvalidReply("missing")
     if reply.has_error():
+        if reply.error.code == NOT_READABLE:
+            raise InvalidReply("unreadable")
         raise InvalidReply(f"error_{int(reply.error.code)}")
     exchange.require_accepted(reply.content)
     return reply.content

@@ -19,6 +19,7 @@ from server.home import LOOPBACK, Home
 TASK_POLL_SECONDS: Final = 0.25
 RUN_DIRECTORY: Final = "FEVERFEW_RUN_DIRECTORY"
 HEADS_DIRECTORY: Final = "FEVERFEW_HEADS_DIRECTORY"
+TRAIL_KEY: Final = "FEVERFEW_TRAIL_KEY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +64,7 @@ def services(home: Home) -> tuple[Service, ...]:
         Service(
             name="gateway",
             command=gateway,
-            is_ready=lambda: _status(home, f"{public}:{home.settings.port}/") == 403,
+            is_ready=lambda: _wants_certificate(home, f"{public}:{home.settings.port}/"),
         ),
     )
 
@@ -81,6 +82,7 @@ def environment(home: Home) -> dict[str, str]:
         "NO_PROXY": f"{LOOPBACK},localhost",
         RUN_DIRECTORY: str(home.runs / "{run}"),
         HEADS_DIRECTORY: str(home.heads),
+        TRAIL_KEY: str(home.trail_key),
     }
 
 
@@ -89,3 +91,14 @@ def _status(home: Home, url: str) -> int:
         return httpx.get(url, verify=home.tls, timeout=2.0, trust_env=False).status_code
     except httpx.HTTPError:
         return 0
+
+
+def _wants_certificate(home: Home, url: str) -> bool:
+    """Says whether a gateway answers: it refuses whoever shows no certificate, as we do here."""
+    try:
+        httpx.get(url, verify=home.tls, timeout=2.0, trust_env=False)
+    except httpx.RemoteProtocolError:
+        return True  # asyncio closes a connection without the alert that TLS has for this
+    except httpx.HTTPError:
+        return False
+    return False

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 
 import httpx
 
+from common import certificates
 from server import checkpoint, enrolment
 from server.control import Node
 from server.home import Home
@@ -31,10 +33,14 @@ class RunLine:
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """Processes by name with their pid (None: not running), sites by name, runs."""
+    """Processes by name with their pid (None: not running), sites by name, runs.
+
+    ``expiring``: the days that certificates have left which end soon, by name of the site or ``gateway``.
+    """
 
     processes: dict[str, int | None]
     sites: dict[str, str]
+    expiring: dict[str, int]
     runs: list[RunLine]
 
     def to_json(self) -> str:
@@ -47,6 +53,7 @@ class Status:
             for name, pid in self.processes.items()
         ]
         lines += [f"site     {name:<12} {state}" for name, state in self.sites.items()]
+        lines += [f"expiry   {name:<12} {_expiry(days)}" for name, days in self.expiring.items()]
         lines += [
             f"run      {line.run:<12} {line.status} after round {line.server_round} {line.details}".rstrip()
             for line in self.runs
@@ -61,6 +68,7 @@ def status(home: Home) -> Status:
     return Status(
         processes={name: None if found is None else found.pid for name, found in processes.items()},
         sites=_sites(home, nodes),
+        expiring=_expiring(home),
         runs=[
             _run_line(RunRecord(directory=path.parent)) for path in sorted(home.runs.glob(f"*/{SUBMISSION}"))
         ],
@@ -76,14 +84,24 @@ def _ask(home: Home) -> list[Node] | None:
 
 
 def _sites(home: Home, nodes: list[Node] | None) -> dict[str, str]:
+    names = [site.name for site in enrolment.enrolled(home)]
     if nodes is None:
-        return {site.name: UNKNOWN for site in enrolment.enrolled(home)}
-    states = {node.public_key: node.status for node in nodes}
+        return dict.fromkeys(names, UNKNOWN)
     # Flower's "registered" means that the site has never been there.
-    return {
-        site.name: "online" if states.get(site.pem) == "online" else OFFLINE
-        for site in enrolment.enrolled(home)
-    }
+    online = {node.public_key for node in nodes if node.status == "online"}
+    present = {site.name for site in enrolment.enrolled(home) if site.pem in online}
+    return {name: "online" if name in present else OFFLINE for name in names}
+
+
+def _expiring(home: Home) -> dict[str, int]:
+    own = certificates.from_pem(home.server_certificate.read_text(encoding="ascii"))
+    ends = {site.name: site.certificate for site in enrolment.newest(home)} | {"gateway": own}
+    days = {name: math.floor(certificates.days_left(certificate)) for name, certificate in ends.items()}
+    return {name: left for name, left in days.items() if left < certificates.NOTICE_DAYS}
+
+
+def _expiry(days: int) -> str:
+    return f"its certificate expires in {days} days" if days >= 0 else "its certificate has expired"
 
 
 def _run_line(record: RunRecord) -> RunLine:

@@ -12,7 +12,8 @@ from common.exchange import Prepared
 from common.plan import DpSgd, Plan
 from common.privacy import Epsilon, Spend, worst_epsilon
 from server.checkpoint import Attendance, RoundRecord, RunState
-from server.report import Participation, Privacy, Report, Round, SitePrivacy, Timing, Versions
+from server.landmarks import Found
+from server.report import LandmarkResult, Participation, Privacy, Report, Round, SitePrivacy, Timing, Versions
 from server.result import Result
 from server.rounds import Released
 
@@ -24,6 +25,7 @@ def report_of(
     *,
     plan: Plan,
     released: Released,
+    landmarks: Found | None = None,
     status: Status,
     engine: str,
     restarts: Mapping[str, int],
@@ -57,7 +59,11 @@ def report_of(
         privacy=_privacy(plan, state),
         participation={
             name: _participation(
-                state.sites.get(name), state.attendance.get(name, Attendance()), rounds=state.server_round
+                state.sites.get(name),
+                state.attendance.get(name, Attendance()),
+                name=name,
+                state=state,
+                plan=plan,
             )
             for name in names
         },
@@ -66,6 +72,7 @@ def report_of(
         ),
         restarts=dict(restarts),
         plan=plan.model_dump(mode="json"),
+        landmarks=None if landmarks is None else _landmarks(landmarks),
         notes=tuple(_notes(plan, state.sites)),
     )
 
@@ -82,6 +89,16 @@ def _round(entry: RoundRecord) -> Round:
         dice=entry.dice,
         dice_interval=entry.dice_interval,
         accuracy=entry.accuracy,
+    )
+
+
+def _landmarks(found: Found) -> LandmarkResult:
+    return LandmarkResult(
+        percentiles=found.percentiles,
+        values=found.values,
+        uncertainty=found.uncertainty,
+        sites=found.sites,
+        override=found.override,
     )
 
 
@@ -120,7 +137,7 @@ def _cost(plan: Plan, site: Prepared, seen: Attendance) -> tuple[SitePrivacy, Ep
     assert isinstance(plan.privacy, DpSgd)
     nominal = site.nominal_patients
     asked = 0 if site.role != "training" else seen.valid + seen.missing + seen.rejected
-    steps = asked * plan.training.local_steps
+    steps = asked * plan.round_steps
     training = mechanism(plan, nominal_patients=nominal).training(steps) if steps else None
     history: dict[str, tuple[Spend, ...]] = {"train": (training,)} if training else {}
     if site.data != "public":
@@ -141,7 +158,10 @@ def _cost(plan: Plan, site: Prepared, seen: Attendance) -> tuple[SitePrivacy, Ep
     )
 
 
-def _participation(site: Prepared | None, seen: Attendance, *, rounds: int) -> Participation:
+def _participation(
+    site: Prepared | None, seen: Attendance, *, name: str, state: RunState, plan: Plan
+) -> Participation:
+    waiting_since = state.waiting_since.get(name)
     return Participation(
         status=site.status if site else "unknown",
         role=site.role if site else "unknown",
@@ -149,18 +169,30 @@ def _participation(site: Prepared | None, seen: Attendance, *, rounds: int) -> P
         rounds_late=seen.late,
         rounds_rejected=seen.rejected,
         tasks_sent_again=seen.away,
-        story=_story(site, seen, rounds=rounds),
+        story=_story(
+            site,
+            seen,
+            rounds=None if plan.landmarks else state.server_round,
+            waiting_since=waiting_since,
+        ),
         patient_is=site.patient_is if site else "unknown",
+        waiting_since=None if waiting_since is None else datetime.fromisoformat(waiting_since),
     )
 
 
-def _story(site: Prepared | None, seen: Attendance, *, rounds: int) -> str:
-    """Returns one line that a coordinator can read out."""
+def _story(site: Prepared | None, seen: Attendance, *, rounds: int | None, waiting_since: str | None) -> str:
+    """Returns one line that a coordinator can read out; ``rounds`` is None where landmarks were asked for."""
     if site is None:
         return "answered, but never said who it is"
+    if site.status == "waiting":
+        return f"nobody there has approved the plan; it waits since {waiting_since}"
+    if site.status == "incompatible":
+        return f"incompatible: {site.reason}; it has Feverfew {site.feverfew}"
     if site.status != "approved":
         return f"{site.status}: {site.reason}"
-    if site.role == "evaluation":
+    if rounds is None:
+        told = "sent its landmarks" if seen.valid else "sent no landmarks"
+    elif site.role == "evaluation":
         told = f"evaluated {len(seen.evaluations)} times, did not train"
     else:
         told = f"trained {seen.valid} of {rounds} rounds"

@@ -17,7 +17,8 @@ from typing import Any, Final
 
 from common import durable
 from common.errors import ConfigError, DeploymentError, UserError
-from server import bundle
+from common.trail import parse
+from server import bundle, trail
 from server.home import Home
 from server.process import Identity
 from server.run_record import EVENTS, PLAN, End, RunRecord, Submission
@@ -86,21 +87,35 @@ def submit(
         ConfigError: the run id has other characters than a-z, 0-9 and '-'.
         UserError: the coordinator is not running, or the id belongs to another plan.
     """
-    if not RUN_ID.fullmatch(run_id):
-        raise ConfigError(f"Expected a run id of a-z, 0-9 and '-' (64 at most), found {run_id!r}.")
+    _check_id(run_id)
     if not is_running(home):
         raise UserError("Expected a running coordinator, found none; run: feverfew-server start")
-    record = RunRecord(directory=home.runs / run_id)
-    record.directory.mkdir(mode=0o700, exist_ok=True)
-    _keep_plan(record.directory / PLAN, plan_json)
-    events = record.directory / EVENTS
-    events_bytes = events.stat().st_size if events.exists() else 0
+    record = reserve(home, plan_json, run_id)
     asked = Submission(run=run_id, submitted=time.time(), server_app=server_app, client_app=client_app)
     former = record.submission
-    if former is None or record.end is not None:
+    is_new = former is None or record.end is not None
+    if is_new:
+        trail.record_submission(home, run_id, plan_json=plan_json)
+    events = record.directory / EVENTS
+    events_bytes = events.stat().st_size if events.exists() else 0
+    if is_new:
         record.keep(asked if former is None else replace(former, flower_run=0, lives=0))
         record.reopen()
     return Followed(run=run_id, events_bytes=events_bytes)
+
+
+def reserve(home: Home, plan_json: str, run_id: str) -> RunRecord:
+    """Binds our id of a run to a plan, for ever, and starts nothing.
+
+    Raises:
+        ConfigError: the run id has other characters than a-z, 0-9 and '-'.
+        UserError: the id belongs to another plan.
+    """
+    _check_id(run_id)
+    record = RunRecord(directory=home.runs / run_id)
+    record.directory.mkdir(mode=0o700, exist_ok=True)
+    _keep_plan(record.directory / PLAN, plan_json)
+    return record
 
 
 def stop(home: Home, run_id: str) -> None:
@@ -113,6 +128,7 @@ def stop(home: Home, run_id: str) -> None:
     submission = record.submission if RUN_ID.fullmatch(run_id) else None
     if submission is None or record.end is not None:
         raise UserError(f"Expected a run that is going on, found none of the id {run_id!r}.")
+    trail.record_stop(home, run_id)
     record.finish(End(status="stopped", message="stopped by the coordinator"))
     if submission.flower_run and is_running(home):
         with home.control() as control:
@@ -159,6 +175,11 @@ def _outcome(record: RunRecord, end: End) -> Outcome:
     )
 
 
+def _check_id(run_id: str) -> None:
+    if not RUN_ID.fullmatch(run_id):
+        raise ConfigError(f"Expected a run id of a-z, 0-9 and '-' (64 at most), found {run_id!r}.")
+
+
 def _keep_plan(path: Path, plan_json: str) -> None:
     if not path.exists():
         durable.write(path, plan_json.encode())
@@ -179,5 +200,6 @@ def _new_events(path: Path, *, offset: int) -> Iterator[list[Event]]:
                     if not line.endswith(b"\n"):
                         break
                     offset += len(line)
-                    events.append(json.loads(line))
+                    if (event := parse(line)) is not None:
+                        events.append(event)
         yield events

@@ -10,13 +10,17 @@ from server.report import Report
 
 
 def summary_table(report: Report) -> Table:
-    """Returns one row per site: cases used where known, AUROC or Dice, epsilon of budget, rounds."""
+    """Returns one row per site: cases used where known, AUROC or Dice, epsilon of budget, rounds.
+
+    Where landmarks were asked for there is no model, and nothing is said of it.
+    """
     table = Table(
         title=Text(f"{report.study}: {page.STATUS_WORDS[report.status].lower()}"), caption=_caption(report)
     )
     for name in ("site", "role"):
         table.add_column(name, no_wrap=True)
-    for name in ("cases", report.headline.name, "95 % interval", _epsilon_heading(report), "rounds"):
+    measures = () if report.asks_for_landmarks else (report.headline.name, "95 % interval")
+    for name in ("cases", *measures, _epsilon_heading(report), "rounds"):
         table.add_column(name, justify="right", no_wrap=True)
     for site in report.participation:
         table.add_row(*(Text(cell) for cell in _row(report, site)))
@@ -29,7 +33,8 @@ def _row(report: Report, site: str) -> tuple[str, ...]:
     used = str(part.used) if part.used is not None else page.UNKNOWN
     interval = result.interval(report.headline) if result else None
     value = page.number(result.value(report.headline) if result else None)
-    return site, part.role, used, value, page.bounds(interval), _epsilon(report, site), str(part.rounds_valid)
+    measures = () if report.asks_for_landmarks else (value, page.bounds(interval))
+    return site, part.role, used, *measures, _epsilon(report, site), str(part.rounds_valid)
 
 
 def _epsilon(report: Report, site: str) -> str:
@@ -49,14 +54,18 @@ def _epsilon_heading(report: Report) -> str:
     return "epsilon of budget" if budgets else "epsilon of target"
 
 
-def _caption(report: Report) -> Text:
+def _measured(report: Report) -> str:
     final, headline = report.final, report.headline
     told = [f"{headline.name} {page.number(final.value(headline))}"]
     if interval := final.interval(headline):
         told.append(f"(95 % interval {page.bounds(interval)})")
     if (exact := final.exact(headline)) is not None:
         told.append(f"exact {page.number(exact)}")
-    caption = Text(" ".join(told))
+    return " ".join(told)
+
+
+def _caption(report: Report) -> Text:
+    caption = Text(page.landmarks(report) if report.asks_for_landmarks else _measured(report))
     if report.privacy.unit == "none":
         caption.append("\nNO PRIVACY", style="bold red")
     else:

@@ -13,11 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import httpx
 from filelock import FileLock, Timeout
 
 from common import monitor
 from common.errors import DeploymentError, UserError
-from server import enrolment, flower_state, process
+from server import enrolment, flower_state, process, trail
 from server.dispatch import Dispatch, watch
 from server.home import Home
 from server.process import Identity
@@ -33,6 +34,8 @@ MIN_BACKOFF_SECONDS: Final = 0.5
 MAX_BACKOFF_SECONDS: Final = 30.0
 HEALTHY_SECONDS: Final = 60.0
 """After so long a life the pause before a restart is short again; it doubles with each death before that."""
+KEYS_SECONDS: Final = 30.0
+"""How often it is looked, while a site changes its key, whether the former one can be retired."""
 
 
 @dataclass(kw_only=True)
@@ -55,6 +58,7 @@ class Supervisor:
     _vitals: Vitals = field(init=False)
     _supervised: list[Supervised] = field(default_factory=list)
     _stopping: bool = False
+    _looked_at_keys: float = 0.0
 
     def __post_init__(self) -> None:
         self._dispatch = Dispatch(home=self.home)
@@ -82,6 +86,7 @@ class Supervisor:
         identity = Identity.of(os.getpid())
         assert identity is not None
         identity.write(pid_file(self.home, "supervisor"))
+        trail.record_if_possible(self.home, "started")
         try:
             self._end_leftovers()
             for service in services(self.home):
@@ -92,19 +97,22 @@ class Supervisor:
                 if self._stopping:
                     break
                 if service.name == "superlink":
-                    self._register()
+                    self._settle()
                 say(f"{service.name} is ready (pid {self._supervised[-1].process.pid})")
             else:
                 say(f"coordinator is ready at {self.home.settings.host}:{self.home.settings.port}")
             end_dispatch, end_monitor = watch(self._dispatch, threading.Event()), self._monitor()
             while not self._stopping:
                 self._look_after()
+                self._retire_keys()
                 time.sleep(LOOK_SECONDS)
             end_monitor()
             end_dispatch()
         finally:
             self._end_all(say)
             pid_file(self.home, "supervisor").unlink(missing_ok=True)
+            trail.record_if_possible(self.home, "stopped")
+            trail.sign(self.home)
 
     def _monitor(self) -> Callable[[], None]:
         port = self.home.settings.monitor_port
@@ -118,10 +126,20 @@ class Supervisor:
     def _note_signal(self, *_: Any) -> None:
         self._stopping = True
 
-    def _register(self) -> None:
+    def _settle(self) -> None:
         with self.home.control() as control:
-            for name in enrolment.register_missing(self.home, control):
-                logger.info("registered %s", name)
+            for done in enrolment.settle(self.home, control):
+                logger.info("%s", done)
+
+    def _retire_keys(self) -> None:
+        """Now and then, while a site has two keys, looks whether the former one is needed no more."""
+        now = time.monotonic()
+        if now - self._looked_at_keys < KEYS_SECONDS:
+            return
+        self._looked_at_keys = now
+        if enrolment.is_renewing(self.home):
+            with contextlib.suppress(httpx.HTTPError):
+                self._settle()
 
     def _start(self, service: Service) -> Supervised:
         if service.name == "superlink":

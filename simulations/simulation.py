@@ -17,6 +17,7 @@ from client import frozen
 from client.cohort import open_cohort
 from client.release import claim_path, head_path, open_ledger
 from client.site import Site, open_site
+from client.trail import head_path as trail_head_path
 from common import measure
 from common.calibration import require_reachable
 from common.dice import DiceScores
@@ -25,6 +26,7 @@ from common.measure import Exact
 from common.metrics import Scores
 from common.plan import Plan
 from common.trail import read
+from server.landmarks import OVERRIDE_NAME
 from server.progress import Progress
 from server.report import Report
 from server.summary import summary_table
@@ -50,8 +52,10 @@ def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory
     with _locked(sites):
         if settings.state == "empty" and not settings.resume:
             forget(opened, heads=heads)
+        heads.mkdir(parents=True, exist_ok=True)
         os.environ["FEVERFEW_RUN_DIRECTORY"] = str(directory)
         os.environ["FEVERFEW_HEADS_DIRECTORY"] = str(heads)
+        os.environ["FEVERFEW_TRAIL_KEY"] = str(heads / "trail.key")
         os.environ["FEVERFEW_ENGINE"] = settings.engine.name
         console = Console(stderr=True)
         progress = Progress(num_rounds=plan.rounds, console=console)
@@ -76,6 +80,7 @@ def forget(sites: Sequence[Site], *, heads: Path) -> None:
         shutil.rmtree(site.runs, ignore_errors=True)
         head_path(site).unlink(missing_ok=True)
         claim_path(site).unlink(missing_ok=True)
+        trail_head_path(site).unlink(missing_ok=True)
     shutil.rmtree(heads, ignore_errors=True)
 
 
@@ -90,6 +95,8 @@ def show(report: Report, *, directory: Path) -> None:
     """Prints the closing table and where the files are."""
     console = Console()
     console.print(summary_table(report))
+    if report.landmarks is not None:
+        console.print(f"harmonised: {directory / OVERRIDE_NAME}", highlight=False, soft_wrap=True)
     console.print(f"report: {directory / 'report.html'}", highlight=False, soft_wrap=True)
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from client import skeleton
 from client.case import Case
+from client.policies import EVERY_PLAN
 from common import keys
 from common.asked import Target
 
@@ -54,7 +55,7 @@ def settings(*, name: str, num_patients: int, max_epsilon: float, delta: float) 
         "delta": delta,
         "unsafe_allow_seeded_noise": True,
         "unsafe_allow_no_privacy": True,
-        "approve": "all",
+        "policies": [EVERY_PLAN.model_dump(exclude_none=True)],
     }
 
 

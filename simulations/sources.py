@@ -71,7 +71,7 @@ class PhantomSource:
         """Writes one site."""
         index = self.names().index(name)
         rng = np.random.default_rng([self.seed, index])
-        scanner = phantom.random_scanner(rng, index=index, image_size=self.image_size)
+        scanner = self.scanner(rng, index=index)
         prevalence = rng.uniform(*PREVALENCE)
         num_patients = self.num_patients(index)
         (directory / "images").mkdir(parents=True)
@@ -95,6 +95,10 @@ class PhantomSource:
             cases = self._with_markers(cases, index=index)
             written["cases"] |= {"values": {"marker": "marker"}}
         write_site(directory, settings=written, cases=cases, split_key=split_key_of(self.seed, name))
+
+    def scanner(self, rng: np.random.Generator, *, index: int) -> phantom.Scanner:
+        """Draws the device of a site."""
+        return phantom.random_scanner(rng, index=index, image_size=self.image_size)
 
     def _with_markers(self, cases: list[Case], *, index: int) -> list[Case]:
         rng = np.random.default_rng([self.seed, index, 0, 1])  # of its own: images are the same without it

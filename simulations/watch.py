@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from common.trail import parse
 from server.progress import Progress
 
 _LOOK_SECONDS = 0.2
@@ -57,7 +58,7 @@ class Watch:
             file.seek(self._offset)
             whole = file.read().rpartition(b"\n")[0]
         self._offset += len(whole) + 1 if whole else 0
-        return [json.loads(line) for line in whole.splitlines()]
+        return [event for line in whole.splitlines() if (event := parse(line)) is not None]
 
     def _steps(self) -> tuple[int, int]:
         """Returns steps done and to do in the present round, over all sites that have begun it."""

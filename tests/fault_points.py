@@ -3,7 +3,8 @@
 The product has no hooks for this. A process of a test federation has a ``sitecustomize`` that imports this
 module, which wraps functions of the product as they are imported. A point ``NAME.POINT`` is armed by a file
 of that name in the directory ``FAULT_POINTS``; ``NAME`` is a site, or ``server``. What stands in it is done
-once: ``kill`` ends the process that arrives there by SIGKILL, ``mark`` only leaves ``NAME.POINT.reached``.
+once: ``kill`` ends the process that arrives there by SIGKILL, ``stall`` keeps it there, ``mark`` only leaves
+``NAME.POINT.reached``. While ``NAME.poison`` is there, the updates of a site are NaN.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import importlib.util
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +28,7 @@ PLACES: dict[str, list[tuple[str, str, str]]] = {
     "client.agent": [
         ("Agent._do", "before", "task_announced"),
         ("Agent._answer", "before", "task_pulled"),
+        ("Agent._answer", "after", "reply_made"),
         ("Agent._send", "before", "reply_ready"),
         ("Agent._send", "after", "reply_sent"),
     ],
@@ -58,15 +61,33 @@ def was_reached(directory: Path, owner: str, point: str) -> bool:
     return (directory / f"{owner}.{point}.reached").exists()
 
 
+def _owned(point: str) -> str:
+    return f"{os.environ[OWNER]}.{point}"
+
+
+def _poisoned(reply: Any) -> Any:
+    """Returns an update with a value that is no number; anything else as it is."""
+    import numpy as np
+    from flwr.app import Array
+
+    if not reply.has_error() and "update" in reply.content.array_records.get("arrays", {}):
+        arrays = reply.content.array_records["arrays"]
+        arrays["update"] = Array(np.full_like(arrays["update"].numpy(), np.nan))
+    return reply
+
+
 def _reach(point: str) -> None:
-    armed = os.path.join(os.environ[DIRECTORY], f"{os.environ[OWNER]}.{point}")
+    armed = os.path.join(os.environ[DIRECTORY], _owned(point))
     try:
         os.rename(armed, f"{armed}.reached")  # of several processes, one has it
     except FileNotFoundError:
         return
     with open(f"{armed}.reached") as file:
-        if file.read() == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        action = file.read()
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    while action == "stall":
+        time.sleep(1.0)
 
 
 def _note_output(reply: Any) -> None:
@@ -90,6 +111,8 @@ def _wrapped(function: Callable[..., Any], *, when: str, point: str) -> Callable
         result = function(*arguments, **keywords)
         if when == "after":
             _reach(point)
+        if point == "reply_made" and os.path.exists(os.path.join(os.environ[DIRECTORY], _owned("poison"))):
+            return _poisoned(result)
         return result
 
     return wrapper

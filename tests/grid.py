@@ -30,6 +30,7 @@ class InlineGrid(Grid):  # type: ignore[misc]
         self.pending: dict[str, Message] = {}
         self.pushed: list[Message] = []
         self.largest_batch = 0
+        self.unregistered: set[int] = set()
 
     def get_nodes(self) -> Iterable[Any]:
         return [Node(node_id=number, name=name) for number, name in self.names.items()]
@@ -40,6 +41,9 @@ class InlineGrid(Grid):  # type: ignore[misc]
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
         for message in messages:
+            if message.metadata.dst_node_id in self.unregistered:
+                ids.append("")
+                continue
             ids.append(flower.assign_id(message))
             self.pushed.append(message)
             self.pending[ids[-1]] = message

@@ -16,6 +16,7 @@ from client.site import Site, open_site
 from common import keys
 
 CLASSES = ("normal", "opacity")
+EVERY_PLAN = {"name": "every plan", "decision": "approve", "when": {}}
 RULES: dict[str, Any] = yaml.safe_load(skeleton.settings_text(name="north", nominal_patients=1))["rules"]
 
 
@@ -82,7 +83,7 @@ def _write_image(path: Path, rng: np.random.Generator, *, size: int, brightness:
 def _write_settings(directory: Path, *, name: str, num_patients: int, changes: dict[str, Any]) -> None:
     settings = yaml.safe_load(skeleton.settings_text(name=name, nominal_patients=num_patients))
     settings |= {
-        "approve": "all",
+        "policies": [EVERY_PLAN],
         "unsafe_allow_no_privacy": True,
         "split": {"train": 0.6, "validation": 0.2, "test": 0.2},
     }

@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Message
 
 from client import agent as agents
-from client import patience, skeleton
+from client import patience, skeleton, trail
 from client.agent import Agent, open_agent
 from client.fleet import Task, without_superseded
 from client.patience import is_temporary
@@ -19,6 +19,7 @@ from client.site import Site, open_site
 from client.worker import Worker, forkserver
 from common import flower
 from common.errors import DeploymentError, UserError
+from common.trail import read
 from tests import tiny
 
 CONTEXT = forkserver(preload=["tests.tiny", "client.worker"])
@@ -242,6 +243,59 @@ def test_a_coordinator_that_is_away_loses_nothing(
     assert fleet.calls.count("activate") == 1
 
 
+def test_a_wrong_clock_is_told_and_work_goes_on_when_it_is_set_right(
+    agent: Agent, fleet: ScriptedFleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet.failures = {"receive": [refused(425)], "activate": [], "push": [refused(425)] * 3}
+    fleet.waiting = [tiny.task("train")]
+    with caplog.at_level("WARNING", logger="feverfew"):
+        run_until(agent, lambda: len(fleet.replies) == 1)
+    assert any("the coordinator refuses this site: no" in line for line in caplog.messages)
+    assert fleet.calls.count("push") == 4 and fleet.calls.count("pull") == 1
+
+
+class OneRenewal:
+    """Offers a connection with a renewed key once it is there."""
+
+    def __init__(self) -> None:
+        self.fleet: ScriptedFleet | None = None
+        self.kept = False
+
+    def renewed(self) -> ScriptedFleet | None:
+        return None if self.kept else self.fleet
+
+    def keep(self) -> None:
+        self.kept = True
+
+
+def test_an_agent_goes_on_with_a_renewed_key_and_is_never_away(
+    agent: Agent, fleet: ScriptedFleet, site: Site
+) -> None:
+    access, renewed = OneRenewal(), ScriptedFleet()
+    agent.access = access  # type: ignore[assignment]
+    renewed.failures = {"activate": [refused(412)]}
+    renewed.waiting = [tiny.task("train")]
+    fleet.waiting = [tiny.task("train")]
+    former_goes: list[bool] = []
+    deactivate = fleet.deactivate
+
+    def noted(node_id: int) -> None:
+        former_goes.append(renewed.online)
+        deactivate(node_id)
+
+    fleet.deactivate = noted  # type: ignore[method-assign]
+
+    def is_done() -> bool:
+        if fleet.replies:
+            access.fleet = renewed
+        return bool(renewed.replies)
+
+    run_until(agent, is_done)
+    assert renewed.calls.count("activate") == 2 and access.kept
+    assert former_goes == [True], "the former node goes once the new one is there"
+    assert (len(fleet.replies), len(renewed.replies)) == (1, 1)
+
+
 def test_a_heartbeat_that_is_not_recognised_makes_the_agent_come_anew(
     agent: Agent, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +353,7 @@ def test_tasks_of_other_runs_and_kinds_are_not_overtaken() -> None:
 
 
 def test_what_may_pass_is_told_from_what_will_not() -> None:
-    assert all(is_temporary(refused(status)) for status in (408, 429, 500, 502, 503, 504))
+    assert all(is_temporary(refused(status)) for status in (408, 425, 429, 500, 502, 503, 504))
     assert not any(is_temporary(refused(status)) for status in (400, 401, 403, 404, 412, 413))
     assert is_temporary(httpx.ConnectError("")) and is_temporary(httpx.ReadTimeout(""))
 
@@ -307,3 +361,23 @@ def test_what_may_pass_is_told_from_what_will_not() -> None:
 def test_a_site_without_an_invitation_is_told_what_to_do(site: Site) -> None:
     with pytest.raises(UserError, match="--invitation"):
         open_agent(site)
+
+
+def test_the_trail_tells_when_the_agent_began_what_it_sent_and_what_it_could_not_send(
+    agent: Agent, fleet: ScriptedFleet, site: Site
+) -> None:
+    fleet.failures = {"push": [refused(403)]}
+    fleet.waiting = [tiny.task("train"), tiny.task("train.raises", server_round=2)]
+    run_until(agent, lambda: len(fleet.replies) == 1)
+    told = [
+        (event["event"], event.get("round"), event.get("outcome"))
+        for event in read(site.state / "events.jsonl")
+    ]
+    assert told == [
+        ("started", None, None),
+        ("not_sent", 1, "answered"),
+        ("sent", 2, "error: app_failed"),
+        ("stopped", None, None),
+        ("signed", None, None),
+    ]
+    assert trail.verify(site).signed_to == 5

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import sqlite3
 from contextlib import closing
@@ -12,7 +13,7 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from safetensors.numpy import load_file
 
-from client import approval, training
+from client import approval, training, work
 from client.app import app
 from client.cohort import open_cohort
 from client.noise import seeded_key
@@ -61,12 +62,14 @@ def parameters_of(asked: Plan) -> model.FlatArray:
 
 
 def task_of(asked: Plan, purpose: Any = "train", **changes: Any) -> Task:
+    part = changes.get("part", "test" if purpose == "evaluate" else "")
+    is_last = part == "test" or purpose == "deliver"
     fields: dict[str, Any] = {
         "run": "run-1",
         "plan_hash": asked.hash,
-        "server_round": 1,
+        "server_round": asked.rounds if is_last else 1,
         "purpose": purpose,
-        "part": "test" if purpose == "evaluate" else "",
+        "part": part,
         "parameters": parameters_of(asked) if purpose != "prepare" else np.zeros(0, np.float32),
     }
     return Task(**(fields | changes))
@@ -98,14 +101,17 @@ def trained(site: Site, asked: Plan, task: Task | None = None, *, weight: float 
     record = answer(site, asked, task or task_of(asked))
     exchange.require_accepted(record)
     size = len(parameters_of(asked))
-    return exchange.read_update(record, server_round=1, num_parameters=size, bound=1e9, weight=weight)
+    return exchange.read_update(
+        record, server_round=1, num_parameters=size, bound=1e9, max_norm=math.inf, weight=weight
+    )
 
 
 def evaluated(site: Site, asked: Plan, *, exact: bool, part: str = "test") -> Scored:
-    record = answer(site, asked, task_of(asked, "evaluate", part=part))
+    task = task_of(asked, "evaluate", part=part)
+    record = answer(site, asked, task)
     exchange.require_accepted(record)
     expected = measure.arrays_of(asked.asked, bins=10, exact=exact)
-    return exchange.read_scored(record, server_round=1, part=part, expected=expected)
+    return exchange.read_scored(record, server_round=task.server_round, part=part, expected=expected)
 
 
 def prepared(site: Site, asked: Plan) -> Prepared:
@@ -151,7 +157,7 @@ def test_site_answers_prepare_with_its_public_constants(site: Site) -> None:
 @pytest.mark.parametrize(
     ("settings", "changes", "status", "reason"),
     [
-        ({"approve": "none"}, {}, "waiting", "not_approved"),
+        ({"policies": []}, {}, "waiting", "not_approved"),
         ({}, {"randomness": "seeded"}, "declined", "seeded_noise"),
         ({"unsafe_allow_no_privacy": False}, {"privacy": "none"}, "declined", "no_privacy"),
         ({"max_epsilon": 2.9}, {}, "declined", "budget_exceeded"),
@@ -177,8 +183,8 @@ def test_whole_run_fits_a_budget_of_its_target(site: Site) -> None:
         exchange.require_accepted(record)
     evaluated(site, asked, exact=False)
     assert len(charges(site)) == 5
-    later = task_of(asked, server_round=3)
-    assert refusal(site, asked, later) == "budget_exceeded"
+    again = task_of(asked, parameters=parameters_of(asked) * 2, server_round=2)
+    assert refusal(site, asked, again) == "budget_exceeded"
     assert len(charges(site)) == 5
 
 
@@ -301,11 +307,11 @@ def test_noised_histogram_is_all_that_private_data_send(site: Site) -> None:
 
 def test_exact_scores_are_sent_without_privacy_and_never_charged(site: Site) -> None:
     asked = open_plan()
+    trained(site, asked)
     scored = evaluated(site, asked, exact=True)
     part = open_cohort(site, asked=asked.asked).parts["test"]
     assert len(scored.arrays["scores"]) == len(part.targets)
     assert scored.arrays["weights"].sum() == pytest.approx(len(part.patients))
-    trained(site, asked)
     assert charges(site) == []
 
 
@@ -331,7 +337,7 @@ def test_wrong_tasks_are_refused_by_their_code_and_charge_nothing(tmp_path: Path
     size = len(parameters_of(asked))
     evaluates = write_site(tmp_path / "eval", size=8, role="evaluation")
     no_test = write_site(tmp_path / "none", size=8, split={"train": 0.8, "validation": 0.2, "test": 0.0})
-    careful = write_site(tmp_path / "careful", size=8, approve="none")
+    careful = write_site(tmp_path / "careful", size=8, policies=[])
     strict = write_site(tmp_path / "strict", size=8, unsafe_allow_no_privacy=False)
     seeded, exact = private_plan(randomness="seeded"), open_plan()
     cases = [
@@ -357,11 +363,41 @@ def test_wrong_tasks_are_refused_by_their_code_and_charge_nothing(tmp_path: Path
         assert charges(where) == []
 
 
+@pytest.mark.parametrize("purpose", ["prepare", "train", "evaluate", "deliver"])
+def test_a_task_that_comes_as_another_kind_of_message_is_refused(site: Site, purpose: str) -> None:
+    asked = private_plan()
+    for kind in {*TYPES} - {purpose}:
+        message = Message(exchange.task_record(task_of(asked, purpose)), 7, TYPES[kind])
+        reply = app(message, context(site, asked))
+        assert reply.content.config_records["refused"] == {"code": "malformed_task"}
+    assert charges(site) == []
+
+
+def test_tasks_out_of_order_are_refused_before_any_charge(site: Site) -> None:
+    asked = private_plan()
+    exchange.require_accepted(answer(site, asked, task_of(asked, server_round=2)))
+    assert refusal(site, asked, task_of(asked, server_round=1)) == "wrong_round"
+    assert refusal(site, asked, task_of(asked, server_round=3)) == "wrong_round"
+    assert refusal(site, asked, task_of(asked, "evaluate", server_round=1)) == "wrong_round"
+    assert refusal(site, asked, task_of(asked, "deliver", server_round=1)) == "wrong_round"
+    assert [row["server_round"] for row in charges(site)] == [2]
+
+
+def test_a_run_that_comes_with_another_plan_is_declined_and_refused(site: Site) -> None:
+    """Also where the server says in the run's settings that this is its plan."""
+    asked, other = private_plan(), private_plan(seed=1)
+    trained(site, asked)
+    told = prepared(site, other)
+    assert (told.status, told.reason) == ("declined", "other_plan")
+    assert refusal(site, other, task_of(other, server_round=2)) == "other_plan"
+    assert {row["plan_hash"] for row in charges(site)} == {asked.hash}
+
+
 def test_approved_plan_is_worked_on(tmp_path: Path) -> None:
-    careful = write_site(tmp_path / "careful", size=8, approve="none")
+    careful = write_site(tmp_path / "careful", size=8, policies=[])
     asked = private_plan()
     assert refusal(careful, asked, task_of(asked)) == "not_approved"
-    approval.approve(careful, asked)
+    approval.decide(careful, asked, "approved")
     assert trained(careful, asked).values.any()
 
 
@@ -397,6 +433,32 @@ def test_plan_that_this_version_cannot_read_is_incompatible(site: Site) -> None:
     broken.run_config["plan"] = asked.to_json().replace('"rounds":2', '"rounds":2,"from_the_future":1')
     content = app(message, broken).content
     assert content.config_records["refused"] == {"code": "incompatible_plan"}
+
+
+@pytest.mark.parametrize(
+    "text", ['{"schema_version": 3}', "not JSON", '{"from_the_future": 1}', "[" * 100_000, ""]
+)
+def test_site_that_cannot_read_a_plan_answers_incompatible_with_its_version(site: Site, text: str) -> None:
+    asked = private_plan()
+    unread = context(site, asked)
+    unread.run_config["plan"] = text
+    message = Message(exchange.task_record(task_of(asked, "prepare")), 7, TYPES["prepare"])
+    told = exchange.read_prepared(app(message, unread).content)
+    assert (told.site, told.status, told.reason) == ("north", "incompatible", "incompatible_plan")
+    assert told.feverfew and charges(site) == []
+
+
+def test_site_that_cannot_read_a_task_answers_incompatible(site: Site) -> None:
+    asked = private_plan()
+    content = RecordDict({"task": ConfigRecord({"run": "run-1", "from the future": 1})})
+    told = exchange.read_prepared(answer(site, asked, task_of(asked, "prepare"), content=content))
+    assert (told.status, told.reason) == ("incompatible", "malformed_task")
+
+
+def test_status_that_no_site_has_is_rejected(site: Site) -> None:
+    record = exchange.prepared_record(work.prepared(site, status="keen", reason=""))
+    with pytest.raises(InvalidReply):
+        exchange.read_prepared(record)
 
 
 def text_of(reply: Message) -> bytes:

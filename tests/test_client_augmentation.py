@@ -28,10 +28,11 @@ from client.cohort import Part
 from client.noise import Key
 from client.training import Trained, batches, case_losses, to_input, train_by_plan
 from common import model
+from common.augmented import Augmentation
 from common.calibration import Mechanism
 from common.errors import ConfigError
 from common.exchange import Task
-from common.plan import Augmentation, DpSgd, Plan
+from common.plan import DpSgd, Plan
 from tests.plans import TINY, plan
 from tests.sites import write_site
 

@@ -29,6 +29,7 @@ from common.errors import ConfigError, Refusal, UserError
 from common.exchange import Task
 from tests import scans
 from tests.plans import asked, plan
+from tests.sites import EVERY_PLAN
 
 SECRET = bytes(range(32))
 Row = tuple[str, str, str]
@@ -169,7 +170,11 @@ def test_where_the_rules_ask_nothing_is_frozen_until_a_person_decides(tmp_path: 
     write(tmp_path / "z.png", picture(4))
     listed = [*rows, ("z.png", "normal", "Q")]
     site = make_site(
-        tmp_path, listed, decisions={"shared_pixels": "ask"}, approve="all", unsafe_allow_no_privacy=True
+        tmp_path,
+        listed,
+        decisions={"shared_pixels": "ask"},
+        policies=[EVERY_PLAN],
+        unsafe_allow_no_privacy=True,
     )
     found = checked(site)
     assert not found.ok and found.version == "" and not (site.private / "cohort.json").exists()
@@ -380,7 +385,7 @@ def test_more_unusable_cases_than_the_hospital_states_stop_it(tmp_path: Path) ->
     rows = many(tmp_path, num=20)
     for number in range(5):
         (tmp_path / f"i{number}.png").write_bytes(b"")
-    free: dict[str, Any] = {"approve": "all", "unsafe_allow_no_privacy": True}
+    free: dict[str, Any] = {"policies": [EVERY_PLAN], "unsafe_allow_no_privacy": True}
     site = make_site(tmp_path, rows, max_quarantined_fraction=0.2, **free)
     found = checked(site)
     assert not found.ok and any("more than 20%" in line.text for line in found.lines)

@@ -11,8 +11,8 @@ import torch
 from client import preprocessing
 from client.image import Image
 from common.asked import Asked
+from common.augmented import Augmentation
 from common.errors import ConfigError, UnusableCase
-from common.plan import Augmentation
 from common.steps import Step
 from tests import plans
 

@@ -10,7 +10,7 @@ from tests.sites import write_site
 
 
 def test_a_rehearsal_charges_nothing_and_tells_what_a_run_would_cost(tmp_path: Path) -> None:
-    site = write_site(tmp_path / "north", approve="none", max_epsilon=10.0)
+    site = write_site(tmp_path / "north", policies=[], max_epsilon=10.0)
     asked = plan(**TINY, privacy__target_epsilon=2.0)
     found = rehearsal.rehearse(site, asked)
     assert found.status == "approved"

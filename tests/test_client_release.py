@@ -130,7 +130,7 @@ def test_charge_without_outcome_is_worked_off_under_the_same_charge(site: Site) 
     assert num_releases(site) == 1
     assert outcome(site) == Outcome(kind="stored", code="")
     events = [event["event"] for event in trail.read(site.state / "events.jsonl")]
-    assert events == ["charged", "charged_before"]
+    assert events == ["approved", "charged", "charged_before"]
 
 
 def test_stored_reply_without_outcome_is_sent_and_not_made_again(site: Site) -> None:
@@ -186,7 +186,7 @@ def test_nothing_is_done_over_the_budget(tmp_path: Path) -> None:
 
 
 def test_nothing_is_charged_without_approval(tmp_path: Path) -> None:
-    careful = write_site(tmp_path / "careful", num_patients=1, max_epsilon=100.0, approve="none")
+    careful = write_site(tmp_path / "careful", num_patients=1, max_epsilon=100.0, policies=[])
     work = Work()
     assert refusal(careful, work) == "not_approved"
     assert work.num_calls == 0

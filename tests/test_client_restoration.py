@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from client import approval, rehearsal, release, restoration
+from client.cost import planned_spends
 from client.replies import Reply
 from client.restoration import Restoration
 from client.site import Site
-from client.work import planned_spends
 from common.errors import LedgerError, UserError
 from common.exchange import Task
 from common.plan import Plan
@@ -139,7 +139,7 @@ def test_lost_ledger_costs_the_full_target_of_every_plan_ever_kept(site: Site) -
 
 def test_plan_that_was_approved_and_never_begun_may_have_been(site: Site) -> None:
     release_round(site, FIRST, server_round=1, run="a")
-    approval.approve(site, SECOND)
+    approval.decide(site, SECOND, "approved")
     release.ledger_path(site).unlink()
     assert {one.hash for one in restored(site).charged} == {FIRST.hash, SECOND.hash}
 

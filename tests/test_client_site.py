@@ -54,7 +54,7 @@ def test_site_knows_its_files(site: Site) -> None:
         ("delta", 0),
         ("delta", 0.1),
         ("delta", "small"),
-        ("approve", "some"),
+        ("policies", "all"),
         ("max_repeats", -1),
         ("threads", 0),
         ("unsafe_allow_seeded_noise", "perhaps"),
@@ -67,6 +67,12 @@ def test_wrong_value_is_refused_by_file_and_key(site: Site, key: str, value: Any
 @pytest.mark.parametrize("key", SiteSettings.model_fields)
 def test_no_setting_has_a_default(site: Site, key: str) -> None:
     assert refusal(site, **{key: None}).startswith(f"{key}: field required")
+
+
+def test_a_policy_says_when_and_has_a_name_of_its_own(site: Site) -> None:
+    rule = {"name": "all", "decision": "approve"}
+    assert refusal(site, policies=[rule]).startswith("policies.0.when: field required")
+    assert "each name once" in refusal(site, policies=[rule | {"when": {}}] * 2)
 
 
 def test_unknown_key_is_refused_by_name(site: Site) -> None:

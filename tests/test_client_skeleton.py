@@ -5,19 +5,23 @@ from pathlib import Path
 import pytest
 import yaml
 
-from client import coordinator, skeleton
+from client import coordinator, credential, skeleton
 from client.__main__ import main
 from client.site import SiteSettings, open_site
-from common import keys
+from common import certificates, keys
 from common.errors import ConfigError, UserError
 from common.invitation import Invitation
+from tests.authority import Authority
 
 
 @pytest.fixture
-def invitation() -> Invitation:
-    certificate = keys.make_authority(keys.generate(), name="test")
-    pem = keys.certificate_pem(certificate).decode()
-    return Invitation(address="fl.example.org:8443", certificate=pem)
+def authority() -> Authority:
+    return Authority()
+
+
+@pytest.fixture
+def invitation(authority: Authority) -> Invitation:
+    return Invitation(address="fl.example.org:8443", certificate=authority.pem)
 
 
 def run(*arguments: object, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -31,14 +35,16 @@ def test_a_new_site_is_strict_and_its_secrets_are_for_its_owner_only(tmp_path: P
     skeleton.complete(tmp_path / "north", name="north", nominal_patients=84)
     site = open_site(tmp_path / "north")
     assert (site.name, site.settings.nominal_patients) == ("north", 84)
-    assert (site.settings.approve, site.settings.unsafe_allow_seeded_noise) == ("none", False)
+    assert (site.settings.policies, site.settings.unsafe_allow_seeded_noise) == ((), False)
     assert site.private.stat().st_mode & 0o777 == 0o700
     modes = {path.name: path.stat().st_mode & 0o777 for path in site.private.iterdir()}
     assert modes["site.key"] == modes["split.key"] == 0o600
     assert len(bytes.fromhex((site.private / "split.key").read_text())) == 32
-    public = keys.parse_public((site.private / "site.pub").read_text())
-    own = keys.read_private(site.private / "site.key").public_key()
-    assert public.public_numbers() == own.public_numbers()
+    (own,) = credential.credentials(site.private)
+    assert own.key_file.stat().st_mode & 0o777 == 0o600
+    request = (site.directory / "north.csr").read_text()
+    assert certificates.read_request(request, name="north") == own.key.public_key()
+    assert own.key.public_key() != keys.read_private(site.private / "site.key").public_key()
 
 
 def test_a_hospital_has_to_state_its_number_of_patients_itself(tmp_path: Path) -> None:
@@ -63,10 +69,14 @@ def test_nothing_that_exists_is_changed_and_what_is_missing_is_made(tmp_path: Pa
     made = skeleton.complete(directory, name="north", nominal_patients=84)
     before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
     assert set(before) < set(made)
-    (directory / "private" / "site.pub").unlink()
+    request = directory / "north.csr"
+    key = certificates.read_request(request.read_text(), name="north")
+    request.unlink()
+    del before[request]  # signatures differ each time
     again = skeleton.complete(directory, name="north", nominal_patients=99)
-    assert again == [directory / "private" / "site.pub"]
-    assert {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()} == before
+    assert again == [request]
+    assert certificates.read_request(request.read_text(), name="north") == key
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_directory_of_another_site_is_left_alone(tmp_path: Path) -> None:
@@ -94,16 +104,19 @@ def test_an_invitation_is_accepted_once_and_no_other_after_it(tmp_path: Path, in
 
 def test_the_verb_init_makes_a_site_and_takes_the_invitation_later(
     tmp_path: Path,
-    invitation: Invitation,
+    authority: Authority,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     directory, letter = tmp_path / "north", tmp_path / "invitation"
-    letter.write_text(invitation.to_text())
     assert run("init", directory, "--nominal-patients", 84, monkeypatch=monkeypatch) == 0
-    assert run("init", directory, "--invitation", letter, monkeypatch=monkeypatch) == 0
-    assert invitation.fingerprint in capsys.readouterr().out
+    invitation = authority.invitation(directory / "north.csr", name="north")
+    letter.write_text(invitation.to_text())
+    for _ in range(2):
+        assert run("init", directory, "--invitation", letter, monkeypatch=monkeypatch) == 0
+        assert invitation.fingerprint in capsys.readouterr().out
     assert coordinator.open_coordinator(directory).address == invitation.address
+    assert certificates.to_pem(credential.require(directory).certificate) == invitation.site_certificate
 
 
 def test_mistakes_give_one_line_and_exit_code_2(

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from client import release, statement
 from client.__main__ import main
+from client.cost import planned_spends
 from client.site import Site
-from client.work import planned_spends
 from common.errors import LedgerError
 from common.plan import Plan
 from common.privacy import epsilon, merged

@@ -59,7 +59,13 @@ def update_record(**changes: Any) -> RecordDict:
 
 
 def read_update(record: RecordDict, **changes: Any) -> Update:
-    asked: dict[str, Any] = {"server_round": 3, "num_parameters": 3, "bound": 4.0, "weight": 5.0}
+    asked: dict[str, Any] = {
+        "server_round": 3,
+        "num_parameters": 3,
+        "bound": 4.0,
+        "max_norm": 1e38,
+        "weight": 5.0,
+    }
     return exchange.read_update(record, **(asked | changes))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,16 +19,18 @@ from typing import Any
 import httpx
 import pytest
 
+from client import credential
 from client.site import open_site
 from common.plan import Plan
 from server import submission
 from server.home import Home, open_home
 from server.process import Identity
-from server.services import HEADS_DIRECTORY, RUN_DIRECTORY, pid_file
+from server.services import HEADS_DIRECTORY, RUN_DIRECTORY, TRAIL_KEY, pid_file
 from server.status import Status, status
 from server.submission import Followed, Outcome
 from simulations import engine
 from tests import plans, sites
+from tests.authority import Authority
 
 pytestmark = [
     pytest.mark.deployment,
@@ -44,6 +47,7 @@ import logging, signal, sys
 from pathlib import Path
 from client.__main__ import _leave, _log_to
 from client.agent import open_agent
+from client import credential
 from client.site import open_site
 from common.plan import Plan
 site = open_site(Path(sys.argv[1]))
@@ -138,14 +142,17 @@ class Federation:
     def start_agent(self, name: str) -> None:
         self.spawn(name, sys.executable, "-c", AGENT, name)
 
-    def add_site(self, name: str, *, enrolled: bool = True) -> None:
+    def add_site(self, name: str) -> None:
         sites.write_site(self.directory / name, name=name, unsafe_allow_seeded_noise=True)
         made = self.verb("feverfew-client", "init", name)
         assert made.returncode == 0, made.stderr
-        if enrolled:
-            key = f"{name}/private/site.pub"
-            told = self.verb("feverfew-server", "enroll", "home", name, key, "--invitation", "invitation")
-            assert told.returncode == 0, told.stderr
+        self.enroll(name)
+
+    def enroll(self, name: str, *options: str) -> None:
+        """The coordinator signs the request of a site, which takes the invitation."""
+        request = ("home", name, f"{name}/{name}.csr", "--invitation", "invitation")
+        told = self.verb("feverfew-server", "enroll", *request, *options)
+        assert told.returncode == 0, told.stderr
         told = self.verb("feverfew-client", "init", name, "--invitation", "invitation")
         assert told.returncode == 0, told.stderr
 
@@ -194,6 +201,8 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
         *("--port", gateway, "--internal-port", internal),
     )
     assert made.returncode == 0, made.stderr
+    settings = directory / "home" / "coordinator.yaml"
+    settings.write_text(settings.read_text().replace("bind: 127.0.0.1", "bind: 0.0.0.0"))
     federation.add_site(SITES[0])  # before the coordinator runs
     try:
         federation.start_coordinator()
@@ -279,25 +288,109 @@ def test_a_task_of_a_killed_agent_is_done_by_the_one_that_is_started_after_it(fe
 
 
 def test_a_key_that_is_not_enrolled_gets_nowhere(federation: Federation) -> None:
-    federation.add_site("stranger", enrolled=False)
+    stranger = federation.directory / "stranger"
+    sites.write_site(stranger, name="stranger", unsafe_allow_seeded_noise=True)
+    assert federation.verb("feverfew-client", "init", "stranger").returncode == 0
+    for name in ("coordinator.yaml", "coordinator.crt"):
+        shutil.copy(federation.directory / "north" / name, stranger)
+    request = stranger / "stranger.csr"
+    forged = Authority().invitation(request, name="stranger").site_certificate
+    (stranger / "private" / "connection" / "1.crt").write_text(forged)
     federation.start_agent("stranger")
-    wait_for(lambda: federation.log("stranger").count("not admitted") >= 2, what="refusals")
-    assert "connected" not in federation.log("stranger")
-    assert "stranger" not in federation.status.sites
+    wait_for(lambda: "closed without an answer" in federation.log("stranger"), what="a refusal")
     outcome, events = federation.follow(federation.submit(rounds=["train"]))
     assert outcome.is_success and events[0]["sites_valid"] == 2
+    assert "connected" not in federation.log("stranger")
+    assert "stranger" not in federation.status.sites
     federation.stop("stranger")
 
 
 def test_nobody_controls_the_federation_through_the_gateway(federation: Federation) -> None:
+    """Not even a site that is enrolled."""
     home = federation.home
+    site = credential.require(federation.directory / "north").tls(home.invitation.certificate)
     through = {}
     for path in ("/v1/control/list-runs", "/v1/runtime/acquire-task", "/v1/fleet/get-fab", "/health"):
         for name, port in (("gateway", home.settings.port), ("inside", home.settings.internal_port)):
             url = f"https://127.0.0.1:{port}{path}"
-            through[path, name] = httpx.post(url, verify=home.tls, trust_env=False).status_code
+            through[path, name] = httpx.post(url, verify=site, trust_env=False).status_code
     assert {status for (_, name), status in through.items() if name == "gateway"} == {403}
     assert through["/v1/control/list-runs", "inside"] != 403, "the test can tell the two apart"
+
+
+def test_from_another_address_only_the_gateway_is_seen_and_hospitals_are_not(federation: Federation) -> None:
+    home = federation.home
+    coordinator = listening([pid for pid in federation.status.processes.values() if pid is not None])
+    hospitals = listening([federation.processes[name].pid for name in SITES])
+    assert {home.settings.port, home.settings.internal_port} <= coordinator and hospitals == set()
+    seen = {port for port in range(1, 65536) if is_open("127.0.0.2", port)}
+    assert seen & coordinator == {home.settings.port}
+
+
+def listening(pids: list[int]) -> set[int]:
+    """Returns the TCP ports on which these processes and their children listen."""
+    sockets: set[str] = set()
+    for one in [*pids, *(child for pid in pids for child in children(pid))]:
+        for descriptor in Path(f"/proc/{one}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                sockets.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    ports = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and fields[9] in sockets:  # listening
+                ports.add(int(fields[1].rpartition(":")[2], 16))
+    return ports
+
+
+def children(pid: int) -> list[int]:
+    """Returns the processes below a process."""
+    direct = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [below for child in map(int, direct) for below in (child, *children(child))]
+
+
+def is_open(address: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return probe.connect_ex((address, port)) == 0
+
+
+def test_a_key_is_renewed_in_the_middle_of_a_run_and_no_round_is_missed(federation: Federation) -> None:
+    submitted = federation.submit(rounds=["train"] * 30)
+    events = federation.home.runs / submitted.run / "events.jsonl"
+    wait_for(lambda: events.exists() and events.read_text().count("\n") >= 2)
+    connections = federation.log("north").count("connected as node")
+    assert federation.verb("feverfew-client", "renew", "north").returncode == 0
+    federation.enroll("north", "--renew")
+    wait_for(lambda: federation.log("north").count("connected as node") > connections, what="the new node")
+    assert events.read_text().count("\n") < 30, "in the middle"
+    outcome, told = federation.follow(submitted)
+    assert outcome.is_success and [event["sites_valid"] for event in told] == [2] * 30
+    assert list(federation.status.sites) == list(SITES)
+    retired = federation.home.sites / "north.1.retired"
+    wait_for(retired.exists, seconds=90, what="the former key retired")
+    assert federation.status.sites["north"] == "online"
+    assert [path.name for path in (federation.directory / "north/private/connection").glob("*.key")] == [
+        "2.key"
+    ]
+
+
+def test_a_site_is_revoked_in_the_middle_of_a_run_which_goes_on_without_it(federation: Federation) -> None:
+    federation.add_site("east")
+    federation.start_agent("east")
+    wait_for(lambda: federation.status.sites["east"] == "online", what="east online")
+    submitted = federation.submit(rounds=["train"] * 12)
+    events = federation.home.runs / submitted.run / "events.jsonl"
+    wait_for(lambda: events.exists() and events.read_text().count("\n") >= 2)
+    told = federation.verb("feverfew-server", "revoke", "home", "east")
+    assert told.returncode == 0 and "refuses SHA256:" in told.stdout, told.stderr
+    wait_for(lambda: "was revoked" in federation.log("east"), seconds=10, what="east is told")
+    outcome, rounds = federation.follow(submitted)
+    valid = [event["sites_valid"] for event in rounds]
+    assert outcome.is_success and valid[0] == 3 and valid[-1] == 2 and valid == sorted(valid, reverse=True)
+    assert max(event["seconds"] for event in rounds) < 15, "nobody waits for it"
+    assert list(federation.status.sites) == list(SITES)
+    federation.stop("east")
 
 
 def test_two_coordinators_cannot_share_a_directory(federation: Federation) -> None:
@@ -384,12 +477,13 @@ def _simulated(
     """Runs a plan over copies of the sites, without their state; returns the final model's file."""
     copies = real.directory / f"{run}-{engine_name}-{workers}"
     for name in REAL_SITES:
-        left_out = shutil.ignore_patterns("state", "cache", "*.log", "ledger.head")
+        left_out = shutil.ignore_patterns("state", "cache", "*.log", "ledger.head", "trail.head")
         shutil.copytree(real.directory / name, copies / name, ignore=left_out)
     directory = copies / "run"
     directory.mkdir()
     patch.setenv(RUN_DIRECTORY, str(directory))
     patch.setenv(HEADS_DIRECTORY, str(copies / "heads"))
+    patch.setenv(TRAIL_KEY, str(copies / "trail.key"))
     opened = [open_site(copies / name) for name in REAL_SITES]
     engine.run(plan, opened, run=run, name=engine_name, workers=workers, directory=directory)
     return (directory / "model.safetensors").read_bytes()

@@ -15,8 +15,8 @@ import yaml
 from flwr.app import ArrayRecord, Message
 
 from client import rehearsal, release
+from client.cost import planned_spends
 from client.site import open_site
-from client.work import planned_spends
 from common.plan import Plan
 from common.privacy import epsilon, merged
 from tests import plans, planted, wire

@@ -16,12 +16,13 @@ import yaml
 from flwr.app import Context, Message, RecordDict
 from pydantic import TypeAdapter
 
-from client import app, rehearsal, skeleton, worker
+from client import app, leaving, rehearsal, skeleton, worker
 from client.agent import SUPERSEDED
 from client.bids import Bids
 from client.folders import Folders
 from client.listing import Listing
 from client.pairs import Pairs
+from client.policies import Conditions, Policy
 from client.site import SiteSettings
 from client.table import Table
 from common import exchange, flower, metrics
@@ -33,6 +34,7 @@ from common.plan import Plan
 from common.privacy import Spend, epsilon
 from tests import plans
 from tests.sites import write_site
+from tests.test_common_landmarks import ASKED
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -68,17 +70,18 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
     west = write_site(directory / "west", name="west", masks=True, unsafe_allow_no_privacy=True)
     quick = {"preprocessing": "grey28", "training__local_steps": 1, "training__expected_batch": 4}
     private, exact = plans.plan(**quick), plans.plan(**quick, privacy="none")
+    landmarks = plans.plan(**ASKED, preprocessing="grey28")
     drawn = {**quick, "target": "mask", "classes": ("background", "square"), "model": "unet"}
     masks, exact_masks = plans.plan(**drawn), plans.plan(**drawn, privacy="none")
     found = set()
     for site, plan in (
-        *((north, private), (north, exact), (east, private)),
+        *((north, private), (north, exact), (east, private), (north, landmarks)),
         *((west, masks), (west, exact_masks)),
     ):
         rehearsed = rehearsal.rehearse(site, plan)
         assert rehearsed.status == "approved", rehearsed.reason
         found |= {(field.message.partition(" ")[0], field.field) for field in rehearsed.fields}
-    refusal = asked(write_site(directory / "south", name="south", approve="none").directory, private)
+    refusal = asked(write_site(directory / "south", name="south", policies=[]).directory, private)
     found |= {("refused", field.field) for field in rehearsal.fields("refused", refusal.content)}
     error = worker.error_reply(refusal, worker.APP_FAILED).error
     return found | {("error", f"error.{name.removeprefix('_')}") for name in vars(error)}
@@ -107,13 +110,36 @@ def test_the_table_of_fields_is_what_leaves_a_site(left: set[tuple[str, str]]) -
     assert documented == left
 
 
+def test_what_a_hospital_is_shown_before_it_approves_is_in_the_words_of_the_table(tmp_path: Path) -> None:
+    north = write_site(tmp_path / "north")
+    public = {"train": 0.0, "validation": 0.0, "test": 1.0}
+    east = write_site(tmp_path / "east", name="east", role="evaluation", data="public", split=public)
+    drawn = {"target": "mask", "classes": ("background", "square"), "model": "unet"}
+    shown = [
+        one
+        for plan in (plans.plan(), plans.plan(**drawn))
+        for site in (north, east)
+        for one in leaving.leaving(site, plan)
+    ]
+    documented = {(row[0], *quoted(row[1])): (row[2], row[4]) for row in table(PRIVACY, "fields")}
+    assert {(one.message, one.field): (one.what, one.mechanism) for one in shown} == documented
+
+
+def test_the_table_of_conditions_is_what_rules_can_have() -> None:
+    text = (DOCS / "approval.md").read_text(encoding="utf-8")
+    documented = [name for row in table(text, "conditions") for name in quoted(row[0])]
+    assert documented == list(Conditions.model_fields)
+    example = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[0])
+    assert [Policy.model_validate(rule).decision for rule in example["policies"]] == ["approve", "refuse"]
+
+
 def test_every_field_states_sensitivity_mechanism_and_charge() -> None:
     for row in table(PRIVACY, "fields"):
         assert len(row) == 6 and all(row), row
 
 
 def test_the_table_of_metadata_is_what_crosses_the_wire(tmp_path: Path) -> None:
-    reply = asked(write_site(tmp_path / "north", approve="none").directory, plans.plan())
+    reply = asked(write_site(tmp_path / "north", policies=[]).directory, plans.plan())
     flower.assign_id(reply)
     sent = {field.name for field, _ in flower.message_to_proto(reply).metadata.ListFields()}
     every = {field.name for field in flower.message_to_proto(reply).metadata.DESCRIPTOR.fields}

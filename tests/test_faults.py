@@ -6,6 +6,7 @@ The points are in ``tests/fault_points.py``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,8 @@ class FaultyFederation(Federation):
     commands: dict[str, tuple[object, ...]] = field(default_factory=dict)
     over: threading.Event = field(default_factory=threading.Event)
     restarted: Counter[str] = field(default_factory=Counter)
+    extra: dict[str, dict[str, str]] = field(default_factory=dict)
+    """More of the environment, for the next life of a process."""
 
     @property
     def points(self) -> Path:
@@ -149,7 +152,7 @@ class FaultyFederation(Federation):
         with (self.directory / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 list(map(str, command)),
-                env=self.environment | {fault_points.OWNER: owner},
+                env=self.environment | {fault_points.OWNER: owner} | self.extra.get(name, {}),
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -190,18 +193,28 @@ class Stage:
 
     def run(self, name: str, faults: tuple[Fault, ...]) -> RunRecord:
         """Runs the plan with faults, to its end."""
-        federation = self.federation
-        run = name.replace(" ", "-")
-        record = RunRecord(directory=federation.home.runs / run)
-        wait_for(lambda: submission.is_running(federation.home), what="supervisor")
-        followed = submission.submit(federation.home, self.plan.to_json(), run)
-        chaos = threading.Thread(target=self._faults, args=(record, faults), daemon=True)
+        return self.run_beside(name, lambda record: self._faults(record, faults))
+
+    def run_beside(
+        self, name: str, trouble: Callable[[RunRecord], None], *, plan: Plan | None = None
+    ) -> RunRecord:
+        """Runs a plan to its end while trouble is made; checks that it completes."""
+        record = self.record(name)
+        followed = self.submit(record, plan or self.plan)
+        chaos = threading.Thread(target=trouble, args=(record,), daemon=True)
         chaos.start()
-        outcome = submission.follow(federation.home, followed, show=lambda event: None)
+        outcome = submission.follow(self.federation.home, followed, show=lambda event: None)
         chaos.join(30)
-        assert not chaos.is_alive(), "every fault happened"
+        assert not chaos.is_alive(), "all of the trouble was made"
         assert outcome.is_success, outcome.to_text()
         return record
+
+    def record(self, name: str) -> RunRecord:
+        return RunRecord(directory=self.federation.home.runs / name.replace(" ", "-"))
+
+    def submit(self, record: RunRecord, plan: Plan) -> submission.Followed:
+        wait_for(lambda: submission.is_running(self.federation.home), what="supervisor")
+        return submission.submit(self.federation.home, plan.to_json(), record.run)
 
     def _faults(self, record: RunRecord, faults: tuple[Fault, ...]) -> None:
         if faults and faults[0].point not in LAST:
@@ -343,6 +356,153 @@ def test_a_run_ends_in_the_same_bits_whatever_is_lost(stage: Stage, name: str) -
         assert set(charges.values()) == {1}, "every task was charged once"
     assert _outputs_differ(stage.federation.directory) == [], "every task has one output"
     _require_told(stage, record, faults, report)
+
+
+@pytest.fixture
+def small_disk(stage: Stage) -> Iterator[Callable[[Path], Path]]:
+    """Mounts a disk of one megabyte over a new directory; returns a file that fills it when it is written."""
+    mounted: list[Path] = []
+
+    def mount(directory: Path) -> Path:
+        directory.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(directory)]
+        if subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip("needs the right to mount")
+        mounted.append(directory)
+        return directory / "filler"
+
+    yield mount
+    for directory in mounted:
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+
+
+def _fill(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_disk_of_the_coordinator_is_waited_for(
+    stage: Stage, small_disk: Callable[[Path], Path]
+) -> None:
+    record = stage.record("full disk")
+    filler = small_disk(record.directory)
+
+    def trouble(record: RunRecord) -> None:
+        wait_for(lambda: _round(record) >= 2, what="round 2", seconds=120)
+        _fill(filler)
+        wait_for(lambda: (life := record.life) is not None and life.is_over, what="the end of a life")
+        assert record.end is None, "that is no end of the run"
+        time.sleep(3.0)
+        filler.unlink()
+
+    stage.run_beside("full disk", trouble)
+    assert (record.directory / "model.safetensors").read_bytes() == stage.model
+
+
+def test_a_full_disk_of_a_site_costs_its_round_and_is_told(
+    stage: Stage, small_disk: Callable[[Path], Path]
+) -> None:
+    filler = small_disk(stage.federation.directory / "east" / "state" / "replies")
+
+    def trouble(record: RunRecord) -> None:
+        wait_for(lambda: _round(record) >= 2, what="round 2", seconds=120)
+        _fill(filler)
+        reached = _round(record)
+        wait_for(lambda: _round(record) >= reached + 3, what="rounds without the site", seconds=120)
+        filler.unlink()
+
+    plan = _changed(stage.plan, quorum=3)
+    record = stage.run_beside("full disk of a site", trouble, plan=plan)
+    east = json.loads((record.directory / "report.json").read_text())["participation"]["east"]
+    assert east["rounds_rejected"] >= 1 and "site_error" in east["story"]
+    assert east["rounds_valid"] + east["rounds_rejected"] == ROUNDS and east["rounds_valid"] > 3
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_one_before_in_the_middle_of_a_run(stage: Stage) -> None:
+    def trouble(record: RunRecord) -> None:
+        wait_for(lambda: _round(record) >= 3, what="round 3", seconds=120)
+        fault_points.arm(stage.federation.points, "server", "task_pushed", action="stall")
+        wait_for(lambda: fault_points.was_reached(stage.federation.points, "server", "task_pushed"))
+        newest = max((record.directory / "checkpoints").glob("[0-9]*"))
+        damaged = newest / "parameters.safetensors"
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+        life = record.life
+        assert life is not None
+        os.kill(life.pid, signal.SIGKILL)
+
+    record = stage.run_beside("damaged checkpoint", trouble)
+    assert (record.directory / "model.safetensors").read_bytes() == stage.model
+
+
+def test_a_damaged_data_base_of_the_superlink_is_set_aside_and_nothing_is_lost(stage: Stage) -> None:
+    state = stage.federation.home.state
+
+    def trouble(record: RunRecord) -> None:
+        wait_for(lambda: _round(record) >= 3, what="round 3", seconds=120)
+        with (state / "superlink.db").open("r+b") as file:
+            file.write(b"no data base at all" * 100)
+        stage.federation.kill_named("superlink", "server")
+
+    record = stage.run_beside("damaged data base", trouble)
+    assert (record.directory / "model.safetensors").read_bytes() == stage.model
+    assert list(state.glob("superlink.db.damaged-*"))
+    assert "damaged" in stage.federation.log("coordinator")
+
+
+FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
+
+
+@pytest.mark.skipif(not FAKETIME, reason="needs libfaketime")
+def test_a_clock_that_jumps_is_named_and_the_site_goes_on_when_it_is_right_again(stage: Stage) -> None:
+    clock = stage.federation.directory / "clock"
+    clock.write_text("+0")
+    fake = {
+        "LD_PRELOAD": str(FAKETIME[0]),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    stage.federation.extra["west"] = fake
+    stage.federation.processes["west"].kill()
+
+    def trouble(record: RunRecord) -> None:
+        wait_for(lambda: _round(record) >= 2, what="round 2", seconds=120)
+        clock.write_text("+400")
+        wait_for(lambda: "clock" in stage.federation.log("west"), what="a message", seconds=60)
+        clock.write_text("+0")
+
+    record = stage.run_beside("clock", trouble)
+    assert (record.directory / "model.safetensors").read_bytes() == stage.model
+    stage.federation.extra.pop("west")
+    stage.federation.processes["west"].kill()
+
+
+@pytest.mark.parametrize("quorum", [1, 2])
+def test_of_four_sites_one_is_gone_one_stalls_one_sends_nan_and_the_plan_decides(
+    stage: Stage, quorum: int
+) -> None:
+    federation = stage.federation
+    plan = _changed(stage.plan, quorum=quorum, rounds=2, reply_deadline_seconds=12, node_deadline_seconds=5)
+    (federation.points / "west.poison").touch()
+    fault_points.arm(federation.points, "south", "step_done", action="stall")
+    gone = federation.processes.pop("north")
+    gone.kill()
+    gone.wait()
+    record = stage.record(f"troubled {quorum}")
+    outcome = submission.follow(federation.home, stage.submit(record, plan), show=lambda event: None)
+    told = json.loads((record.directory / "report.json").read_text())
+    stories = {name: site["story"] for name, site in told["participation"].items()}
+    assert "not_finite" in stories["west"] and "missing" in stories["south"]
+    assert outcome.status == ("completed" if quorum == 1 else "quorum_not_reached"), outcome
+    assert "trained" in stories["east"] and outcome.has_report
+    (federation.points / "west.poison").unlink()
+    federation.processes["south"].kill()
+    federation.spawn("north", *federation.commands["north"])
+
+
+def _changed(plan: Plan, **changes: Any) -> Plan:
+    return Plan.from_tree(plan.model_dump(mode="json") | changes)
 
 
 def _require_told(stage: Stage, record: RunRecord, faults: tuple[Fault, ...], report: dict[str, Any]) -> None:

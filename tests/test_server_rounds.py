@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from google.protobuf.message import DecodeError
 
 from common import exchange, metrics, model
 from common.calibration import measure_noise_std
@@ -19,9 +23,10 @@ from common.exchange import Prepared, Scored, Task, Update
 from common.metrics import Histogram
 from common.plan import Plan
 from common.trail import Trail, read
-from server import app, checkpoint
+from server import app, approvals, checkpoint
 from server.checkpoint import RunState
 from server.heads import Heads
+from server.norm import largest_norm
 from server.report import Report
 from server.rounds import Rounds
 from server.strategy import FedAvg
@@ -91,16 +96,24 @@ def _answer(plan: Plan, task: Task, name: str, step: float, facts: dict[str, Any
     return exchange.delivered_record()
 
 
-def run(plan: Plan, nodes: dict[str, Behaviour], directory: Path) -> Rounds:
+def run(
+    plan: Plan,
+    nodes: dict[str, Behaviour],
+    directory: Path,
+    *,
+    state: RunState | None = None,
+    grid: type[InlineGrid] = InlineGrid,
+    strategy: type[FedAvg] = FedAvg,
+) -> Rounds:
     start = model.flatten(model.build(plan))
-    state = RunState(
+    state = state or RunState(
         run="r", plan_hash=plan.hash, server_round=0, parameters=start, started="2026-01-01T00:00:00+00:00"
     )
     rounds = Rounds(
-        InlineGrid(nodes),
+        grid(nodes),
         plan=plan,
         state=state,
-        strategy=lambda of: FedAvg(nodes=of, bound=plan.strategy.update_bound, ttl_seconds=60),
+        strategy=lambda of: strategy(nodes=of, bound=plan.strategy.update_bound, ttl_seconds=60),
         trail=Trail(directory / "events.jsonl"),
         heads=Heads(directory / "heads"),
         save=lambda state: checkpoint.save_state(directory / "checkpoints", state),
@@ -171,9 +184,25 @@ MISBEHAVIOUR: dict[str, tuple[Edit, str]] = {
     "huge weight": (lambda r, m: _with_metrics(r, weight=1e12), "weight"),
     "NaN weight": (lambda r, m: _with_metrics(r, weight=float("nan")), "non_finite"),
     "other round": (lambda r, m: _with_metrics(r, **{"server-round": 7}), "server_round"),
+    "executable": (lambda r, m: _edited(r, "update", _executable(_values(r))), "shape"),
+    "a million parts": (lambda r, m: _edited(r, "update", Array(np.tile(_values(r), 1000))), "shape"),
+    "text as weight": (lambda r, m: RecordDict({**r, "metrics": ConfigRecord({"weight": "1"})}), "records"),
+    "large norm": (lambda r, m: _edited(r, "update", Array(_values(r) * 0 + np.float32(9))), "norm"),
     "out of bound": (lambda r, m: _edited(r, "update", Array(_values(r) + np.float32(1e3))), "out_of_bound"),
     "silent": (lambda r, m: None, "missing"),
 }
+
+
+class _Trap:
+    def __reduce__(self) -> Any:
+        return print, ("executed",)
+
+
+def _executable(values: np.ndarray[Any, Any]) -> Array:
+    """An array of objects, which numpy would unpickle, that says it is what it should be."""
+    stream = io.BytesIO()
+    np.save(stream, np.array([_Trap()] * len(values)), allow_pickle=True)
+    return Array(dtype="float32", shape=values.shape, stype="numpy.ndarray", data=stream.getvalue())
 
 
 def _lying(values: np.ndarray[Any, Any]) -> Array:
@@ -186,7 +215,7 @@ def test_a_site_that_misbehaves_is_left_out_and_named_and_the_run_completes(
     kind: str, tmp_path: Path
 ) -> None:
     edit, code = MISBEHAVIOUR[kind]
-    plan = tiny_plan(**{"sites": 3, "reply_deadline_seconds": 0.3})
+    plan = tiny_plan(**{"sites": 3, "reply_deadline_seconds": 0.3, "strategy__max_update_norm": 100.0})
     nodes = {
         "good-a": site(plan, "good-a", 0.5),
         "good-b": site(plan, "good-b", 0.25),
@@ -198,6 +227,109 @@ def test_a_site_that_misbehaves_is_left_out_and_named_and_the_run_completes(
     assert rounds.state.attendance["bad"].valid == 0
     told = (tmp_path / "events.jsonl").read_text()
     assert "4711" not in told and "Smith" not in told
+
+
+class BrokenGrid(InlineGrid):
+    """Raises over the replies of one site, as Flower's does over parts that are not what they say."""
+
+    error: Exception = ValueError("not JSON")
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = list(super().pull_messages(message_ids))
+        for reply in replies:
+            is_training = self.pushed[-1].metadata.message_type == exchange.TRAIN
+            if is_training and self.names[reply.metadata.src_node_id] == "bad":
+                raise self.error
+        return replies
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), KeyError("x"), TypeError("x"), RecursionError(), MemoryError(), DecodeError()]
+)
+def test_a_reply_that_flower_cannot_put_together_costs_its_site_only(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tiny_plan(**{"sites": 3})
+    monkeypatch.setattr(BrokenGrid, "error", error)
+    nodes = {name: site(plan, name, step) for name, step in (("a", 0.5), ("bad", 9.0), ("c", 0.25))}
+    rounds = run(plan, nodes, tmp_path, grid=BrokenGrid)
+    np.testing.assert_allclose(moved(rounds, plan), 2 * 0.375, atol=1e-6)
+    assert rounds.state.attendance["bad"].problems == {"unreadable": 2}
+
+
+class RepeatingGrid(InlineGrid):
+    """Hands out every reply, and behind it another by the same site."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        for reply in super().pull_messages(message_ids):
+            yield reply
+            if "arrays" in reply.content:
+                twice = _edited(reply.content, "update", Array(_values(reply.content) * np.float32(8)))
+                yield Message(twice, reply_to=self.pushed[-1])
+
+
+def test_a_second_reply_to_one_message_is_never_looked_at(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"sites": 2})
+    nodes = {name: site(plan, name, step) for name, step in (("a", 0.5), ("b", 0.25))}
+    rounds = run(plan, nodes, tmp_path, grid=RepeatingGrid)
+    np.testing.assert_allclose(moved(rounds, plan), 2 * 0.375, atol=1e-6)
+
+
+class Doubled(FedAvg):
+    """Asks every site twice."""
+
+    def configure_train(self, *arguments: Any) -> list[Message]:
+        return [message for message in super().configure_train(*arguments) for _ in range(2)]
+
+
+def test_a_second_reply_of_a_site_in_one_round_is_rejected(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"sites": 2, "rounds": 1})
+    nodes = {name: site(plan, name, step) for name, step in (("a", 0.5), ("b", 0.25))}
+    rounds = run(plan, nodes, tmp_path, strategy=Doubled)
+    np.testing.assert_allclose(moved(rounds, plan), 0.375, atol=1e-6)
+    assert rounds.state.rounds[0].sites_valid == 2
+    assert rounds.state.attendance["a"].problems == {"second_reply": 1}
+
+
+class StallingGrid(InlineGrid):
+    """Waits for a reply that was begun, past the deadline, as Flower's grid does."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        message = self.pending.get(next(iter(message_ids)))
+        is_training = message is not None and message.metadata.message_type == exchange.TRAIN
+        if message is not None and is_training and self.names[message.metadata.dst_node_id] == "slow":
+            time.sleep(0.5)
+            return []
+        return super().pull_messages(message_ids)
+
+
+def test_a_site_that_never_ends_its_reply_does_not_cost_the_replies_of_others(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"sites": 3, "rounds": 1, "reply_deadline_seconds": 0.3})
+    begun: list[float] = []
+
+    def after_the_first_look(record: RecordDict, message: Message) -> RecordDict | None:
+        begun.append(time.monotonic())
+        return record if len(begun) > 1 else None
+
+    nodes = {
+        "a": site(plan, "a", 0.5, edit=after_the_first_look),
+        "b": site(plan, "b", 0.25),
+        "slow": site(plan, "slow", 9.0),
+    }
+    rounds = run(plan, nodes, tmp_path, grid=StallingGrid)
+    np.testing.assert_allclose(moved(rounds, plan), 0.375, atol=1e-6)
+    assert rounds.state.attendance["slow"].problems == {"missing": 1}
+
+
+def test_a_private_update_longer_than_an_honest_one_is_rejected(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"sites": 3, "rounds": 1, "privacy": "dp_sgd"})
+    start = model.flatten(model.build(plan))
+    longest = largest_norm(plan, nominal_patients=10, parameters=start) / math.sqrt(len(start))
+    steps = {"a": 0.5 * longest, "b": 0.99 * longest, "bad": 1.01 * longest}
+    nodes = {name: site(plan, name, step) for name, step in steps.items()}
+    rounds = run(plan, nodes, tmp_path)
+    assert rounds.state.attendance["bad"].problems == {"norm": 1}
+    np.testing.assert_allclose(moved(rounds, plan), (steps["a"] + steps["b"]) / 2, rtol=1e-4)
 
 
 def test_every_site_failing_raises_quorum_not_reached_and_keeps_the_last_good_model(tmp_path: Path) -> None:
@@ -295,6 +427,127 @@ def test_a_site_that_is_not_approved_is_never_asked_to_train(tmp_path: Path) -> 
     assert not asked
     assert rounds.state.rounds[0].sites_asked == 2
     assert rounds.state.sites["c"].reason == "not_approved"
+
+
+def undecided(plan: Plan, name: str, *, asked: int, status: str = "approved") -> Behaviour:
+    """A site at which a person decides after so many queries."""
+    count: list[int] = []
+
+    def behave(message: Message) -> Message | None:
+        if exchange.read_task(message.content).purpose == "prepare":
+            count.append(1)
+        waits = len(count) <= asked
+        said = {"status": "waiting", "reason": "not_approved"} if waits else {"status": status}
+        return site(plan, name, 0.5, **said)(message)
+
+    return behave
+
+
+def prepared_of(directory: Path, name: str) -> list[str]:
+    events = read(directory / "events.jsonl")
+    return [one["status"] for one in events if one["event"] == "site_prepared" and one["site"] == name]
+
+
+@pytest.mark.parametrize("status", ["approved", "declined"])
+def test_the_run_begins_as_soon_as_every_site_has_decided(tmp_path: Path, status: str) -> None:
+    plan = tiny_plan(sites=3, rounds=1, approval_deadline_seconds=86400)
+    nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
+    nodes["c"] = undecided(plan, "c", asked=3, status=status)
+    began = time.monotonic()
+    rounds = run(plan, nodes, tmp_path)
+    assert 1.0 < time.monotonic() - began < 10
+    assert rounds.state.rounds[0].sites_asked == (3 if status == "approved" else 2)
+    assert rounds.state.waiting_since == {}
+    assert prepared_of(tmp_path, "c") == ["waiting", status], "an answer that stays the same is told once"
+
+
+def test_the_run_begins_at_the_approval_deadline_with_those_that_have_approved(tmp_path: Path) -> None:
+    plan = tiny_plan(sites=3, rounds=1, approval_deadline_seconds=1.5)
+    nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
+    nodes["c"] = undecided(plan, "c", asked=1000)
+    began = time.monotonic()
+    rounds = run(plan, nodes, tmp_path)
+    assert 1.4 < time.monotonic() - began < 10
+    assert rounds.state.rounds[0].sites_asked == 2 and set(rounds.state.waiting_since) == {"c"}
+
+
+def test_without_an_approval_deadline_nobody_is_waited_for(tmp_path: Path) -> None:
+    plan = tiny_plan(sites=3, rounds=1, approval_deadline_seconds=0)
+    nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
+    nodes["c"] = undecided(plan, "c", asked=1000)
+    rounds = run(plan, nodes, tmp_path)
+    assert rounds.state.rounds[0].sites_asked == 2
+    assert "approval_awaited" not in {one["event"] for one in read(tmp_path / "events.jsonl")}
+
+
+def test_enough_sites_that_have_approved_do_not_wait_for_another(tmp_path: Path) -> None:
+    plan = tiny_plan(sites=2, rounds=1, approval_deadline_seconds=86400)
+    nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
+    nodes["c"] = undecided(plan, "c", asked=1000)
+    assert run(plan, nodes, tmp_path).state.rounds[0].sites_asked == 2
+
+
+def test_a_site_that_is_approved_in_the_middle_of_a_run_joins_at_the_next_round(tmp_path: Path) -> None:
+    plan = tiny_plan(sites=3, rounds=4)
+
+    def slow(record: RecordDict, message: Message) -> RecordDict:
+        time.sleep(0.4)
+        return record
+
+    nodes = {name: site(plan, name, 0.5, edit=slow) for name in ("a", "b")}
+    nodes["c"] = undecided(plan, "c", asked=2)
+    rounds = run(plan, nodes, tmp_path)
+    asked = [one.sites_asked for one in rounds.state.rounds]
+    assert asked[0] == 2 and asked[-1] == 3, asked
+    assert rounds.state.waiting_since == {}
+
+
+def test_a_restart_does_not_wait_for_approval_as_long_again(tmp_path: Path) -> None:
+    """The deadline counts from when the site said first that it waits, whatever process asked it."""
+    plan = tiny_plan(sites=3, rounds=1, approval_deadline_seconds=86400)
+    nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
+    killed: list[bool] = []
+
+    def dies(message: Message) -> Message | None:
+        if killed:
+            raise KeyboardInterrupt  # what a killed process is to its caller
+        killed.append(True)
+        return undecided(plan, "c", asked=1)(message)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(plan, {**nodes, "c": dies}, tmp_path)
+    state = checkpoint.latest(tmp_path / "checkpoints", run="r", plan_hash=plan.hash)
+    assert state is not None and state.server_round == 0
+    assert set(state.waiting_since) == {"c"}
+    first = datetime.fromisoformat(state.waiting_since["c"])
+    assert 0 <= (datetime.now(UTC) - first).total_seconds() < 30
+    past = {"c": (first - timedelta(days=2)).isoformat()}
+    began = time.monotonic()
+    nodes["c"] = undecided(plan, "c", asked=1000)
+    rounds = run(plan, nodes, tmp_path, state=replace(state, waiting_since=past))
+    assert time.monotonic() - began < 10
+    assert rounds.state.rounds[0].sites_asked == 2 and rounds.state.waiting_since == past
+
+
+def test_the_report_tells_who_waits_and_since_when_and_who_is_of_another_version(tmp_path: Path) -> None:
+    plan = tiny_plan(sites=4, rounds=1)
+    nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
+    nodes["c"] = undecided(plan, "c", asked=1000)
+    nodes["d"] = site(plan, "d", 0.5, status="incompatible", reason="incompatible_plan", feverfew="9.9")
+    app.coordinate(
+        InlineGrid(nodes), plan, run="r", directory=tmp_path, heads=Heads(tmp_path / "heads"), engine="test"
+    )
+    told = Report.read(tmp_path).participation
+    since = told["c"].waiting_since
+    assert since is not None and abs((datetime.now(UTC) - since).total_seconds()) < 60
+    assert told["c"].status == "waiting" and "nobody there has approved the plan" in told["c"].story
+    assert told["d"].story == "incompatible: incompatible_plan; it has Feverfew 9.9"
+    assert told["a"].waiting_since is None
+
+
+def test_a_clock_that_was_put_back_does_not_lengthen_the_deadline() -> None:
+    tomorrow = (datetime.now(UTC) + timedelta(days=1)).isoformat()
+    assert approvals.seconds_left({"c": tomorrow}, deadline_seconds=60) == 60
 
 
 def test_a_site_that_claims_another_name_is_not_admitted(tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ from rich.console import Console
 
 from common.errors import ConfigError, DeploymentError, UserError
 from server import bundle, services, submission
+from server.__main__ import main
 from server.home import Home, create_home
 from server.process import Identity
 from server.progress import Progress
 from server.run_record import End, RunRecord, open_runs
 from server.submission import Followed, Outcome
+from tests.plans import plan
 
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
 
@@ -51,6 +53,43 @@ def test_a_coordinator_that_does_not_run_is_the_users_error_and_nothing_is_writt
     with pytest.raises(UserError, match="feverfew-server start"):
         submission.submit(home, "{}", "run-1")
     assert list(home.runs.iterdir()) == []
+
+
+def submit_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["feverfew-server", "submit", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(str(ended.value.code))
+
+
+def test_an_exported_plan_is_what_would_be_sent_and_its_run_is_kept_for_it_and_not_started(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked, given, exported = plan(rounds=3), tmp_path / "given.json", tmp_path / "exported.json"
+    given.write_text(json.dumps(asked.model_dump(mode="json"), indent=2))
+    arguments = (home.directory, given, "--run", "run-7", "--json", "--export", exported)
+    assert submit_command(monkeypatch, *arguments) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out) == {"run": "run-7", "plan_hash": asked.hash}
+    assert f"submit {home.directory} {exported} --run run-7" in told.err
+    assert exported.read_text() == asked.to_json() == (home.runs / "run-7" / "plan.json").read_text()
+    assert list(open_runs(home.runs)) == [], "nothing is started"
+    own = Identity.of(os.getpid())
+    assert own is not None
+    own.write(home.state / "supervisor.pid")
+    with pytest.raises(UserError, match="began with"):
+        submission.submit(home, plan(rounds=4).to_json(), "run-7")
+    submission.submit(home, exported.read_text(), "run-7")
+    assert [record.run for record, _ in open_runs(home.runs)] == ["run-7"]
+
+
+def test_a_plan_that_is_none_is_not_exported(
+    home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "given.json"
+    given.write_text(plan().to_json().replace('"rounds":25', '"rounds":-1'))
+    assert submit_command(monkeypatch, home.directory, given, "--export", tmp_path / "exported.json") == 2
+    assert not (tmp_path / "exported.json").exists() and list(home.runs.iterdir()) == []
 
 
 @pytest.fixture
@@ -141,6 +180,8 @@ def test_progress_tells_what_went_wrong_in_lines_that_stay() -> None:
         for event in (
             {"event": "site_prepared", "site": "east", "status": "approved", "reason": ""},
             {"event": "site_prepared", "site": "north", "status": "declined", "reason": "budget"},
+            {"event": "site_prepared", "site": "west", "status": "waiting", "reason": "not_approved"},
+            {"event": "approval_awaited", "sites": ["west"], "seconds": 60.0},
             {"event": "round_started", "round": 1, "sites": 3},
             {"event": "reply_rejected", "round": 1, "site": "south", "code": "not_finite"},
             {"event": "round_finished", "round": 1, "sites_valid": 2, "train_loss": 0.5},
@@ -149,6 +190,7 @@ def test_progress_tells_what_went_wrong_in_lines_that_stay() -> None:
         ):
             progress.show(event)
     text = shown.getvalue()
+    assert "west has not approved the plan yet" in text
     for part in ("north does not take part: declined budget", "south: not_finite", "2 of 3 sites", "too few"):
         assert part in text
     assert "east" not in text

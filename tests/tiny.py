@@ -121,14 +121,15 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _round(grid: Grid, plan: dict[str, Any], number: int, directory: Path) -> dict[str, Any]:
-    while len(nodes := [node.node_id for node in grid.get_nodes()]) < plan["sites"]:
+    mailbox = Mailbox(grid)
+    while len(nodes := list(mailbox.addresses.online())) < plan["sites"]:
         time.sleep(0.1)
     begun = time.monotonic()
     kind = plan["rounds"][number - 1]
     size = plan.get("size", 3)
     messages = [task(kind, server_round=number, node=node, size=size) for node in nodes]
     valid, reasons, pids = 0, [], []
-    for _, reply in Mailbox(grid).ask(messages, deadline_seconds=60):
+    for _, reply in mailbox.ask(messages, deadline_seconds=60):
         if reply is None or reply.has_error():
             reasons.append("missing" if reply is None else reply.error.reason)
             continue

@@ -1,0 +1,103 @@
+"""The course of each run at this site: which plan it is, and which tasks it has asked for, in which order.
+
+A server that restarts may ask again for what it has not got or has lost; it may not go back to a round that
+was never asked, evaluate when the plan does not, or carry another plan under the name of a run.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from typing import Final
+
+from client.files import private_directory
+from client.site import Site
+from common.errors import Refusal, StateError
+from common.exchange import Task
+from common.plan import Plan
+
+SECONDS_TO_LOCK: Final = 60
+PHASES: Final = {
+    ("train", ""): 0,
+    ("landmarks", ""): 0,
+    ("evaluate", "validation"): 1,
+    ("evaluate", "test"): 2,
+    ("deliver", ""): 3,
+}
+"""The order of tasks within a round, by purpose and part. A plan is about training or about landmarks."""
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS asked (
+    run TEXT NOT NULL, plan_hash TEXT NOT NULL, server_round INTEGER NOT NULL, phase INTEGER NOT NULL,
+    task TEXT PRIMARY KEY);
+CREATE INDEX IF NOT EXISTS asked_by_run ON asked (run, server_round, phase);
+"""
+
+
+def require_plan(site: Site, plan: Plan, *, run: str) -> None:
+    """Checks that a run has not come with another plan before.
+
+    Raises:
+        Refusal: code ``other_plan``.
+    """
+    with _opened(site) as database:
+        _require_plan(database, plan, run=run)
+
+
+def enter(site: Site, plan: Plan, task: Task) -> None:
+    """Notes a task, durably, unless its run may not ask for it now; the same task may be asked again.
+
+    Raises:
+        Refusal: code ``other_plan``; ``wrong_round``: the plan has no such task in that round, or the run has
+            gone further without it; ``too_many_repeats``: it came with too many different parameters.
+    """
+    phase = PHASES.get((task.purpose, task.part))
+    if phase is None or task.server_round not in _rounds_of(plan, phase):
+        what = f"{task.purpose} {task.part}".strip()
+        raise Refusal("wrong_round", f"the plan has no {what} in round {task.server_round}")
+    place = (task.run, task.server_round, phase)
+    with _opened(site) as database, database:
+        database.execute("BEGIN IMMEDIATE")
+        _require_plan(database, plan, run=task.run)
+        if _has(database, "task = ?", task.identity):
+            return
+        same = "run = ? AND server_round = ? AND phase = ?"
+        (times,) = database.execute(f"SELECT COUNT(*) FROM asked WHERE {same}", place).fetchone()
+        if times > site.settings.max_repeats:
+            raise Refusal("too_many_repeats")
+        if times == 0 and _has(database, "run = ? AND (server_round, phase) > (?, ?)", *place):
+            raise Refusal("wrong_round", "the run has gone further, and never asked for this")
+        row = (task.run, plan.hash, task.server_round, phase, task.identity)
+        database.execute("INSERT INTO asked VALUES (?, ?, ?, ?, ?)", row)
+
+
+def _rounds_of(plan: Plan, phase: int) -> range | tuple[int, ...]:
+    """Rounds in which a plan has a task; the test part is evaluated once, and the model is delivered once."""
+    last = (plan.rounds,)
+    tested = last if plan.evaluation.test_at_end else ()
+    return (range(1, plan.rounds + 1), plan.validation_rounds, tested, last)[phase]
+
+
+def _require_plan(database: sqlite3.Connection, plan: Plan, *, run: str) -> None:
+    if _has(database, "run = ? AND plan_hash <> ?", run, plan.hash):
+        raise Refusal("other_plan", "the run came with another plan before")
+
+
+def _has(database: sqlite3.Connection, condition: str, *values: object) -> bool:
+    return database.execute(f"SELECT 1 FROM asked WHERE {condition} LIMIT 1", values).fetchone() is not None
+
+
+@contextmanager
+def _opened(site: Site) -> Iterator[sqlite3.Connection]:
+    path = private_directory(site.state) / "course.sqlite"
+    try:
+        with closing(sqlite3.connect(path, isolation_level=None, timeout=SECONDS_TO_LOCK)) as database:
+            database.execute("PRAGMA synchronous=FULL")
+            database.executescript(_SCHEMA)
+            yield database
+    except sqlite3.OperationalError:  # a full disk, not a damaged file
+        raise
+    except sqlite3.DatabaseError as error:
+        raise StateError(
+            f"Expected the tasks of runs in {path}, found: {error}; move the file away."
+        ) from None

@@ -1,0 +1,130 @@
+"""What this hospital decided about a plan, signed with the site's key: a file for each plan.
+
+A person's decision is ``<hash>.json``, that of a rule ``<hash>.rule.json``: neither replaces the other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, ValidationError
+
+from client.files import write_private
+from client.site import Site
+from common import chain, keys
+from common.plan import Plan
+from common.value import Value, canonical_json
+
+logger = logging.getLogger("feverfew.site")
+
+Verdict = Literal["approved", "refused", "withdrawn"]
+Author = Literal["person", "rule"]
+MAX_REASON: Final = 1000
+MOST_BY_RULES: Final = 256
+"""A coordinator may send as many plans as it likes; of what rules decided, the oldest makes way."""
+_SUFFIX: Final[dict[Author, str]] = {"person": ".json", "rule": ".rule.json"}
+
+
+class Decision(Value):
+    """One decision about exactly one plan.
+
+    ``who`` is the account of the person, or the name of the rule; ``reason`` stays at the site.
+    """
+
+    site: str
+    plan_hash: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    verdict: Verdict
+    by: Author
+    who: str
+    reason: Annotated[str, Field(max_length=MAX_REASON)]
+    time: str
+    plan: Plan
+    signature: str
+
+    @property
+    def text(self) -> str:
+        """What is signed: everything else, and what kind of thing it is."""
+        return f"feverfew decision/{canonical_json(self.model_dump(mode='json', exclude={'signature'}))}"
+
+
+def record(site: Site, plan: Plan, verdict: Verdict, *, by: Author, who: str, reason: str = "") -> Decision:
+    """Signs a decision and writes it, in the place of an earlier one of the same author."""
+    unsigned = Decision(
+        site=site.name,
+        plan_hash=plan.hash,
+        verdict=verdict,
+        by=by,
+        who=who,
+        reason=reason,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        plan=plan,
+        signature="",
+    )
+    signature = chain.signature(unsigned.text, key=keys.own(_key(site)))
+    signed = unsigned.model_copy(update={"signature": signature})
+    content = json.dumps(signed.model_dump(mode="json"), indent=1).encode()
+    write_private(_path(site, plan.hash, by=by), content=content)
+    by_rules = sorted(site.approvals.glob(f"*{_SUFFIX['rule']}"), key=lambda path: path.stat().st_mtime_ns)
+    for old in by_rules[:-MOST_BY_RULES]:
+        old.unlink(missing_ok=True)
+    return signed
+
+
+def find(site: Site, plan_hash: str, *, by: Author) -> Decision | None:
+    """Returns what a person, or a rule, decided about a plan; None if nothing, or nothing that is valid."""
+    path = _path(site, plan_hash, by=by)
+    return _read(site, path) if path.exists() else None
+
+
+def every(site: Site) -> list[Decision]:
+    """Returns all valid decisions, the oldest first."""
+    found = [told for path in _files(site) if (told := _read(site, path)) is not None]
+    return sorted(found, key=lambda told: told.time)
+
+
+def invalid(site: Site) -> list[Path]:
+    """Returns the files that hold no decision of this site: forged, changed, or of an older version."""
+    return [path for path in _files(site) if _read(site, path) is None]
+
+
+def _files(site: Site) -> Iterator[Path]:
+    return iter(sorted(site.approvals.glob("*.json")))
+
+
+def _path(site: Site, plan_hash: str, *, by: Author) -> Path:
+    return site.approvals / f"{plan_hash}{_SUFFIX[by]}"
+
+
+def _key(site: Site) -> Path:
+    return site.private / "site.key"
+
+
+def _read(site: Site, path: Path) -> Decision | None:
+    """Returns the decision in a file if it is of this site, of the plan and author that the file's name says,
+    and signed with the site's key."""
+    try:
+        tree: Any = json.loads(path.read_text(encoding="utf-8"))
+        found = Decision.model_validate(tree)
+    except (OSError, ValueError, RecursionError, ValidationError):
+        found = None
+    if found is None or not _fits(site, path, found):
+        logger.warning("%s holds no decision of this site and counts for nothing", path)
+        return None
+    return found
+
+
+def _fits(site: Site, path: Path, found: Decision) -> bool:
+    return (
+        found.site == site.name
+        and found.plan.hash == found.plan_hash
+        and path == _path(site, found.plan_hash, by=found.by)
+        and _key(site).exists()
+        and chain.is_signature(
+            found.signature, key=keys.read_private(_key(site)).public_key(), text=found.text
+        )
+    )

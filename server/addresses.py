@@ -1,0 +1,33 @@
+"""Under which node a site is reached: one name may have two of them while the site's key is renewed."""
+
+from __future__ import annotations
+
+from flwr.serverapp import Grid
+
+
+class Addresses:
+    """The nodes of a grid by the name under which the site is enrolled; remembers what it has seen."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+        self._names: dict[int, str] = {}
+
+    def online(self) -> dict[int, str]:
+        """Returns the nodes that are online with their names, "" where the grid gives none.
+
+        Of two nodes of one name it is the one that was registered last.
+        """
+        nodes = sorted(self._grid.get_nodes(), key=lambda node: str(getattr(node, "registered_at", "")))
+        found = {node.node_id: str(getattr(node, "name", "")) for node in nodes}
+        self._names |= found
+        newest = {name: node for node, name in found.items()}
+        return {node: name for node, name in found.items() if not name or newest[name] == node}
+
+    def name(self, node: int) -> str:
+        """Returns the name of a node that was online before; "" where it is not known."""
+        return self._names.get(node, "")
+
+    def successor(self, node: int) -> int:
+        """Returns the node under which the site of a node is reached now; the same where it is not known."""
+        name = self.name(node)
+        return next((one for one, found in self.online().items() if name and found == name), node)
