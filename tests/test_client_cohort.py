@@ -522,3 +522,61 @@ def test_accepted_drops_the_first_of_contradictory_rows_once() -> None:
     again = Refused(image="a", code="contradictory_rows")
     cases, refused = frozen.accepted([case, again, again])
     assert cases == [] and len(refused) == 3
+
+
+def write_pairs(directory: Path, **settings: Any) -> Site:
+    """A site of ten patients whose cases have two images, T1 of 10 to 20 and T2 of 210 to 220, and a mask."""
+    cases = SETTINGS["cases"] | {"images": {"t1": "t1", "t2": "t2"}, "label": "label", "mask": "mask"}
+    site = make_site(directory, [], cases=cases, **settings)
+    lines, rng = ["t1,t2,mask,label,patient_id"], np.random.default_rng(0)
+    for number in range(10):
+        for name, least in (("t1", 10), ("t2", 210)):
+            pixels = rng.integers(least, least + 10, (9, 11), dtype=np.uint8)
+            Pillow.fromarray(pixels).save(directory / f"{name}-{number}.png")
+        Pillow.fromarray((pixels > 214).astype(np.uint8)).save(directory / f"mask-{number}.png")
+        names = ",".join(f"{name}-{number}.png" for name in ("t1", "t2", "mask"))
+        lines.append(f"{names},{CLASSES[number % 2]},P{number}")
+    (directory / "cases.csv").write_text("\n".join(lines) + "\n")
+    return site
+
+
+@pytest.mark.parametrize("inputs", [("t1", "t2"), ("t2", "t1"), ("t2",)])
+def test_images_of_a_case_are_channels_in_the_order_of_the_plan(
+    tmp_path: Path, inputs: tuple[str, ...]
+) -> None:
+    site = write_pairs(tmp_path / "north")
+    window = {"name": "window", "lower": 0, "upper": 255}
+    wanted = asked(inputs=inputs, steps=(window, {"name": "resize"}))
+    cohort = opened(site, asked=wanted)
+    assert cohort.used == 10
+    for part in cohort.parts.values():
+        assert part.images.shape[1] == len(inputs)
+        is_bright = (part.images > 128).all(axis=(0, 2, 3)).tolist()
+        assert is_bright == [name == "t2" for name in inputs]
+
+
+def test_images_and_masks_of_another_size_are_quarantined_by_themselves(tmp_path: Path) -> None:
+    site = write_pairs(tmp_path / "north")
+    for name in ("t2-3", "mask-4", "mask-5"):
+        Pillow.fromarray(np.arange(90, dtype=np.uint8).reshape(9, 10) % 2).save(
+            site.directory / f"{name}.png"
+        )
+    cohort = opened(site, asked=asked(inputs=("t1", "t2"), target="mask"))
+    assert cohort.used == 7 and cohort.reasons == {"mismatched_inputs": 1, "mismatched_mask": 2}
+    assert quarantined(site)["t1-3.png"] == "mismatched_inputs"
+    assert opened(site, asked=asked(inputs=("t1",))).used == 10, "a plan that asks for less can use all"
+
+
+def test_records_of_half_precision_are_kept_and_read_back(tmp_path: Path) -> None:
+    site = make_site(tmp_path / "north", rows_of(10))
+    wanted = asked(precision="float16")
+    fresh = opened(site, asked=wanted)
+    kept = records(site)
+    told: list[tuple[int, int]] = []
+    warm = opened(site, asked=wanted, on_progress=lambda *counts: told.append(counts))
+    assert same(fresh, warm) and not told and records(site) == kept
+    every = np.concatenate([part.images for part in warm.parts.values()])
+    assert every.dtype == np.float16 and every.min() >= 0 and every.max() <= 1
+    whole = np.concatenate([part.images for part in opened(site).parts.values()]).astype(np.float32)
+    np.testing.assert_allclose(every.astype(np.float32), whole / 255, atol=0.5 / 255 + 1e-3)
+    assert not np.array_equal(np.rint(every.astype(np.float32) * 255) / 255, every), "more than a byte holds"

@@ -190,26 +190,59 @@ def test_jpeg_2000_reads_like_simpleitk_reads_it(
     assert np.array_equal(read, SMOOTH) == (ratio is None)
 
 
-def test_files_of_pydicom_read_like_simpleitk_reads_them(sitk: Any) -> None:
-    names = ("CT_small", "MR_small", "MR_small_RLE", "MR_small_bigendian", "MR_small_implicit", "image_dfl")
-    names += (
-        "MR_small_jp2klossless",
-        "JPEG2000",
-        "JPGExtended",
-        "JPEGLSNearLossless_08",
-        "examples_rgb_color",
+WINDOWED = ("MR_small", "MR_small_RLE", "MR_small_bigendian", "MR_small_implicit", "MR_small_jp2klossless")
+WINDOWED += ("693_J2KI",)
+PLAIN = ("CT_small", "image_dfl", "JPEG2000", "JPGExtended", "JPEGLSNearLossless_08", "JPEGLSNearLossless_16")
+PLAIN += ("examples_rgb_color", "SC_rgb_dcmtk_+eb+cr", "SC_ybr_full_422_uncompressed")
+
+
+def by_simpleitk(path: Path, sitk: Any) -> np.ndarray:
+    values: np.ndarray = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0].astype(np.float64)
+    return np.moveaxis(values, -1, 0) if values.ndim == 3 else values[None]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_file_of_pydicom_reads_like_simpleitk_reads_it(name: str, sitk: Any) -> None:
+    path = TEST_FILES / f"{name}.dcm"
+    assert not {"VOILUTSequence", "WindowCenter"} & set(dir(pydicom.dcmread(path)))
+    np.testing.assert_array_equal(images.read(path).array, by_simpleitk(path, sitk))
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_file_with_a_window_reads_like_simpleitk_reads_it_through_that_window(name: str, sitk: Any) -> None:
+    """SimpleITK leaves windows to viewers; theirs is that of PS3.3, C.11.2.1.2.1."""
+    path = TEST_FILES / f"{name}.dcm"
+    header = pydicom.dcmread(path)
+    assert header.get("VOILUTFunction") is None and "VOILUTSequence" not in header
+    centre, width = float(header.WindowCenter) - 0.5, float(header.WindowWidth) - 1
+    values = by_simpleitk(path, sitk)
+    ends = 2.0 ** (header.BitsStored - 1) * np.array([-1, 1]) + [0, -1]  # both are signed
+    low, high = ends * float(header.get("RescaleSlope", 1)) + float(header.get("RescaleIntercept", 0))
+    expected = ((values - centre) / width + 0.5) * (high - low) + low
+    expected = np.where(
+        values <= centre - width / 2, low, np.where(values > centre + width / 2, high, expected)
     )
-    names += ("JPEGLSNearLossless_16", "SC_rgb_dcmtk_+eb+cr", "693_J2KI")
-    for name in names:
-        path = TEST_FILES / f"{name}.dcm"
-        dataset = pydicom.dcmread(path)
-        assert "VOILUTSequence" not in dataset
-        image = images.read(path).array
-        expected = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0].astype(np.float32)
-        if expected.ndim == 3:
-            expected = np.moveaxis(expected, -1, 0)
-        if dataset.get("WindowCenter") is None:
-            np.testing.assert_array_equal(image.squeeze(), expected, err_msg=name)
+    np.testing.assert_allclose(images.read(path).array, expected, atol=1e-6 * (high - low))
+
+
+@pytest.mark.parametrize("name", ["MR_small", "MR_small_bigendian", "MR_small_implicit", "MR_small_RLE"])
+def test_file_with_a_window_reads_like_dcmtk_shows_it(name: str, dcmtk: Callable[..., Path]) -> None:
+    shown = netpbm(dcmtk("dcm2pnm +Wi 1 +opn 16", TEST_FILES / f"{name}.dcm"))  # cut to whole numbers
+    read = images.read(TEST_FILES / f"{name}.dcm").array + 2**15
+    np.testing.assert_allclose(read, shown, atol=1)
+    assert len(np.unique(shown)) > 300
+
+
+def test_palette_reads_like_dcmtk_shows_it(dcmtk: Callable[..., Path]) -> None:
+    path = TEST_FILES / "examples_palette.dcm"
+    np.testing.assert_array_equal(images.read(path).array, netpbm(dcmtk("dcm2pnm +opn 16", path)))
+
+
+def netpbm(path: Path) -> np.ndarray:
+    """Returns the channels of a picture in Netpbm's ASCII form."""
+    magic, columns, rows, _, *values = path.read_bytes().split()
+    shape = (int(rows), int(columns), 3 if magic == b"P3" else 1)
+    return np.moveaxis(np.array(values, dtype=np.float32).reshape(shape), -1, 0)
 
 
 def test_colour_of_16_bits_reads_like_dcmtk_reads_it(dcmtk: Callable[..., Path]) -> None:

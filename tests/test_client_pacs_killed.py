@@ -152,3 +152,18 @@ def restarted(server: Orthanc) -> None:
     """Kills a server, and starts it again a second later."""
     server.kill()
     threading.Timer(1.0, server.start).start()
+
+
+@pytest.mark.slow
+def test_simulation_fetches_from_the_pacs_itself_and_trains(own: Orthanc, tmp_path: Path) -> None:
+    rows = radiographs(tmp_path / "radiographs", num_patients=40)
+    own.store(path.read_bytes() for path in sorted((tmp_path / "radiographs").iterdir()))
+    query = {"modalities": ["DX", "CR"], "study_description": "chest*"}
+    for number, name in enumerate(("north", "south")):
+        of_the_pacs(site_of(tmp_path / "sites" / name, own.url, query=query, name=name), rows[number::2])
+    command = [*SIMULATE, f"data.directory={tmp_path / 'sites'}", f"hydra.run.dir={tmp_path / 'run'}"]
+    command[command.index("data=directory")] = "data=dicomweb"
+    told = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert told.returncode == 0, told.stderr
+    participation = Report.read(tmp_path / "run").participation
+    assert [(one.rounds_valid, one.used) for one in participation.values()] == [(2, 20)] * 2
