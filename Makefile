@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TEST_MARKS ?= not slow and not deployment and not gpu
 RUN ?= pytest --numprocesses 2 --dist loadfile
 
-.PHONY: simulate test check format bench kill docs clean
+.PHONY: simulate test check format bench fuzz kill docs clean
 
 simulate: $(VENV)/installed
 	$(BIN)/feverfew-simulate $(OVERRIDES)
@@ -24,6 +24,12 @@ format: $(VENV)/installed-dev
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.round_cost
+
+# Coverage-guided fuzzing of every parser of outside bytes, ten minutes each; what is found goes to fuzz/.
+FUZZ ?= checkpoint dicom messages objects plan site table
+fuzz: $(VENV)/installed-dev
+	$(BIN)/pip install --quiet --editable '.[fuzz]'
+	for parser in $(FUZZ); do $(BIN)/python -W ignore -m tests.fuzz $$parser || exit 1; done
 
 # Two hundred runs of a site that is killed and asked again at random.
 kill: $(VENV)/installed-dev

@@ -7,7 +7,7 @@ was never asked, evaluate when the plan does not, or carry another plan under th
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from typing import Final
 
@@ -44,6 +44,20 @@ def require_plan(site: Site, plan: Plan, *, run: str) -> None:
         _require_plan(database, plan, run=run)
 
 
+def rounds_of(plan: Plan, *, purpose: str, part: str) -> Sequence[int]:
+    """Returns the rounds in which a plan has a task; it is tested and delivered after the last one only."""
+    match purpose, part:
+        case "train", "":
+            return range(1, plan.rounds + 1)
+        case "evaluate", "validation":
+            return plan.validation_rounds
+        case "evaluate", "test":
+            return (plan.rounds,) if plan.evaluation.test_at_end else ()
+        case "deliver", "":
+            return (plan.rounds,)
+    return ()
+
+
 def enter(site: Site, plan: Plan, task: Task) -> None:
     """Notes a task, durably, unless its run may not ask for it now; the same task may be asked again.
 
@@ -51,10 +65,10 @@ def enter(site: Site, plan: Plan, task: Task) -> None:
         Refusal: code ``other_plan``; ``wrong_round``: the plan has no such task in that round, or the run has
             gone further without it; ``too_many_repeats``: it came with too many different parameters.
     """
-    phase = PHASES.get((task.purpose, task.part))
-    if phase is None or task.server_round not in _rounds_of(plan, phase):
+    if task.server_round not in rounds_of(plan, purpose=task.purpose, part=task.part):
         what = f"{task.purpose} {task.part}".strip()
         raise Refusal("wrong_round", f"the plan has no {what} in round {task.server_round}")
+    phase = PHASES[task.purpose, task.part]
     place = (task.run, task.server_round, phase)
     with _opened(site) as database, database:
         database.execute("BEGIN IMMEDIATE")
@@ -69,13 +83,6 @@ def enter(site: Site, plan: Plan, task: Task) -> None:
             raise Refusal("wrong_round", "the run has gone further, and never asked for this")
         row = (task.run, plan.hash, task.server_round, phase, task.identity)
         database.execute("INSERT INTO asked VALUES (?, ?, ?, ?, ?)", row)
-
-
-def _rounds_of(plan: Plan, phase: int) -> range | tuple[int, ...]:
-    """Rounds in which a plan has a task; the test part is evaluated once, and the model is delivered once."""
-    last = (plan.rounds,)
-    tested = last if plan.evaluation.test_at_end else ()
-    return (range(1, plan.rounds + 1), plan.validation_rounds, tested, last)[phase]
 
 
 def _require_plan(database: sqlite3.Connection, plan: Plan, *, run: str) -> None:

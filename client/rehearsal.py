@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, RecordDict
 from rich.console import Console
 from rich.table import Table
 
-from client import release, work
+from client import course, release, work
 from client.cost import planned_spends
 from client.policies import EVERY_PLAN
 from client.site import Site
@@ -140,8 +140,8 @@ def _messages(site: Site, plan: Plan) -> tuple[Prepared, list[tuple[str, RecordD
             update = work.train(site, plan, task, network=network)
             records.append(("train", exchange.update_record(update)))
         for part in site.settings.split.parts:
-            if part != "train":
-                asked = replace(task, purpose="evaluate", part=part)
+            for server_round in course.rounds_of(plan, purpose="evaluate", part=part)[:1]:
+                asked = replace(task, purpose="evaluate", part=part, server_round=server_round)
                 scored = work.evaluate(site, plan, asked, network=network)
                 records.append((f"evaluate {part}", exchange.scored_record(scored)))
         records.append(("deliver", exchange.delivered_record()))

@@ -7,19 +7,19 @@ import json
 import os
 import shutil
 from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
+from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 from common import durable
 from common.errors import StateError
 from common.exchange import Prepared
 from common.model import FlatArray
 
-INTERVALS = ("auroc_interval", "dice_interval")
 _KEPT = 2  # if the newest is damaged, the one before still is there
 
 
@@ -74,6 +74,8 @@ class RunState:
     ``waiting_since``: the sites that wait for a person's approval, and when they said so first (UTC).
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
     run: str
     plan_hash: str
     server_round: int
@@ -93,7 +95,7 @@ def save_state(directory: Path, state: RunState) -> None:
     temporary.mkdir()
     parameters = save({"parameters": state.parameters})
     tree = {name: value for name, value in asdict(state).items() if name != "parameters"}
-    tree["sha256"] = hashlib.sha256(parameters).hexdigest()
+    tree["sha256"] = checksum(tree, parameters=parameters)
     _write(temporary / "parameters.safetensors", parameters)
     _write(temporary / "state.json", json.dumps(tree, allow_nan=False).encode())
     final = directory / f"{state.server_round:06d}"
@@ -102,6 +104,12 @@ def save_state(directory: Path, state: RunState) -> None:
     durable.sync_directory(directory)
     for old in _saved(directory)[:-_KEPT]:
         shutil.rmtree(old)
+
+
+def checksum(tree: dict[str, Any], *, parameters: bytes) -> str:
+    """Returns the sha256 of a state: what stands in the one file, and the bytes of the other."""
+    text = json.dumps(tree, allow_nan=False).encode()
+    return hashlib.sha256(hashlib.sha256(parameters).digest() + text).hexdigest()
 
 
 def latest(directory: Path, *, run: str, plan_hash: str) -> RunState | None:
@@ -137,27 +145,13 @@ def _load(path: Path) -> RunState | None:
     try:
         data = (path / "parameters.safetensors").read_bytes()
         tree: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if hashlib.sha256(data).hexdigest() != tree.pop("sha256"):
+        if tree.pop("sha256") != checksum(tree, parameters=data):
             return None
-        parameters: FlatArray = load_file(path / "parameters.safetensors")["parameters"]
-        tree["rounds"] = tuple(
-            RoundRecord(**{**entry, **{name: _pair(entry[name]) for name in INTERVALS}})
-            for entry in tree["rounds"]
-        )
-        tree["sites"] = {
-            name: Prepared(**{**site, "parts": tuple(site["parts"])}) for name, site in tree["sites"].items()
-        }
-        tree["attendance"] = {
-            name: Attendance(**{**entry, "evaluations": tuple(entry["evaluations"])})
-            for name, entry in tree["attendance"].items()
-        }
-        return RunState(parameters=parameters.astype(np.float32, copy=False), **tree)
+        datetime.fromisoformat(tree["started"])
+        tree["parameters"] = load(data)["parameters"]
+        return TypeAdapter(RunState).validate_python(tree)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
-
-
-def _pair(values: list[float] | None) -> tuple[float, float] | None:
-    return None if values is None else (values[0], values[1])
 
 
 def _write(path: Path, data: bytes) -> None:

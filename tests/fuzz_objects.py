@@ -40,7 +40,7 @@ SEEDS = [
 def parse(data: bytes) -> None:
     """Puts the objects together; every error is one of those that our two readers expect."""
     flower.bound_messages(MOST_BYTES)
-    contents, root = _objects(data)
+    contents, root = objects(data)
     try:
         message: Any = flower.inflate_object_from_contents(root, contents)
         arrays = list(message.content.array_records.values()) if isinstance(message, Message) else []
@@ -49,12 +49,23 @@ def parse(data: bytes) -> None:
     assert all(len(array.data) <= MOST_BYTES for record in arrays for array in record.values())
 
 
-def _objects(data: bytes) -> tuple[dict[str, bytes], str]:
+def objects(data: bytes) -> tuple[dict[str, bytes], str]:
+    """Returns contents by name, and the name of the root."""
+    return named(split(data))
+
+
+def split(data: bytes) -> list[bytes]:
+    """Returns the parts of an input."""
     parts = []
     while len(data) > 4 and len(parts) < 32:
         length = int.from_bytes(data[:4], "big")
         parts.append(data[4 : 4 + length])
         data = data[4 + length :]
+    return parts
+
+
+def named(parts: list[bytes]) -> tuple[dict[str, bytes], str]:
+    """Gives parts the names by which they call each other, and heads that say their length."""
     contents: dict[str, bytes] = {}
     names = ["0" * 64] * len(parts)
     for place in reversed(range(len(parts))):  # children come after their parents

@@ -45,6 +45,8 @@ def _composed(choices: tuple[tuple[str, str], ...]) -> Plan:
     overrides = [f"{name}={value}" for name, value in choices]
     if ("model", "unet") in choices:
         overrides.append("plan.target=mask")
+    if any(name == "strategy" for name, _ in choices):
+        overrides += ["plan.sites=20", "plan.quorum=20"]  # enough for every rule; tests set their own
     return compose_plan(["plan.classes=[normal,opacity]", "plan.sites=2", *overrides])
 
 

@@ -155,6 +155,26 @@ def test_a_failure_at_the_site_leaves_it_as_a_constant_reason(agent: Agent, flee
     assert tiny.SECRET not in repr(fleet.replies)
 
 
+@pytest.mark.parametrize("where", ["receive", "pull", "run_config"])
+def test_what_is_not_a_task_costs_this_task_and_not_the_agent(
+    where: str, agent: Agent, fleet: ScriptedFleet
+) -> None:
+    errors = [ValueError("not JSON"), KeyError("part"), RecursionError(), MemoryError()]
+    fleet.failures[where] = list(errors)
+    fleet.waiting = [tiny.task("train", server_round=1) for _ in range(8)]
+    run_until(agent, lambda: any(not reply.has_error() for reply in fleet.replies))
+    assert not fleet.failures[where]
+    reasons = {reply.error.reason for reply in fleet.replies if reply.has_error()}
+    assert reasons <= {"unreadable"}
+
+
+def test_a_round_with_a_number_of_any_length_is_no_round(agent: Agent, fleet: ScriptedFleet) -> None:
+    message = tiny.task("train")
+    message.metadata.__dict__["_group_id"] = "9" * 5000
+    fleet.waiting = [message]
+    run_until(agent, lambda: len(fleet.replies) == 1)
+
+
 def test_a_task_that_a_later_round_has_overtaken_is_declined_unread(
     agent: Agent, fleet: ScriptedFleet
 ) -> None:

@@ -17,7 +17,7 @@ from flwr.app import Context, Message, RecordDict
 from pydantic import TypeAdapter
 
 from client import app, leaving, rehearsal, skeleton, worker
-from client.agent import SUPERSEDED
+from client.agent import NOT_READABLE, SUPERSEDED
 from client.bids import Bids
 from client.folders import Folders
 from client.listing import Listing
@@ -177,7 +177,7 @@ def texts(node: ast.expr) -> set[str]:
 def test_every_code_that_a_site_sends_is_explained() -> None:
     files = [*sorted((ROOT / "client").glob("*.py")), ROOT / "common" / "exchange.py"]
     sent = literals("Refusal", of=files) | literals("refusal_record", of=files)
-    sent |= set(worker.CODES) | {SUPERSEDED}
+    sent |= set(worker.CODES) | {SUPERSEDED, NOT_READABLE}
     documented = [name for row in table(PRIVACY, "site codes") for name in quoted(row[0])]
     assert set(documented) == sent and len(documented) == len(sent)
 

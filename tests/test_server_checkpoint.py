@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -106,3 +107,30 @@ def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
     (tmp_path / ".000002.77").mkdir()
     found = saved(tmp_path)
     assert found is not None and found.server_round == 1
+
+
+@pytest.mark.parametrize(
+    ("written", "changed"), [('"valid": 2', '"valid": 3'), ('"run": "r"', '"run": "r", "more": 1')]
+)
+def test_a_changed_digit_in_the_state_is_noticed(written: str, changed: str, tmp_path: Path) -> None:
+    for server_round in (2, 3):
+        checkpoint.save_state(tmp_path, state(server_round))
+    path = tmp_path / "000003" / "state.json"
+    text = path.read_text()
+    assert written in text
+    path.write_text(text.replace(written, changed))
+    found = saved(tmp_path)
+    assert found is not None and found.server_round == 2
+
+
+def test_a_value_of_another_kind_is_noticed_even_under_a_checksum_that_fits(tmp_path: Path) -> None:
+    checkpoint.save_state(tmp_path, state())
+    folder = tmp_path / "000003"
+    tree = json.loads((folder / "state.json").read_text())
+    del tree["sha256"]
+    tree["server_round"] = {}
+    data = (folder / "parameters.safetensors").read_bytes()
+    tree["sha256"] = checkpoint.checksum(tree, parameters=data)
+    (folder / "state.json").write_text(json.dumps(tree))
+    with pytest.raises(StateError):
+        saved(tmp_path)
