@@ -26,7 +26,7 @@ def identity() -> None:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Site:
-    return write_site(tmp_path / "north", size=8, max_epsilon=3.0, approve="none")
+    return write_site(tmp_path / "north", size=8, max_epsilon=3.0, policies=[])
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def events(site: Site) -> list[dict[str, Any]]:
 
 def ran(site: Site, asked: Plan) -> None:
     """Approves a plan and answers the tasks of a run of it, one of them twice and one wrong."""
-    approval.approve(site, asked)
+    approval.decide(site, asked, "approved")
     for task in (
         task_of(asked, "prepare", server_round=0),
         task_of(asked),
@@ -108,7 +108,7 @@ def test_verify_says_unbroken_or_the_line_and_exits_with_1(
 def test_a_broken_trail_stops_no_work_and_is_said_in_the_log(
     site: Site, asked: Plan, caplog: pytest.LogCaptureFixture
 ) -> None:
-    approval.approve(site, asked)
+    approval.decide(site, asked, "approved")
     path = site.state / "events.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:1]))
     with caplog.at_level(logging.ERROR):
@@ -120,14 +120,14 @@ def test_a_broken_trail_stops_no_work_and_is_said_in_the_log(
 
 
 def test_a_site_that_never_worked_has_an_unbroken_trail(site: Site) -> None:
-    approval.approve(site, private_plan())
+    approval.decide(site, private_plan(), "approved")
     (site.state / "events.jsonl").unlink()
     trail.head_path(site).unlink()
     assert trail.verify(site).to_text() == "site north: unbroken, 0 lines signed"
 
 
 def test_the_trail_names_no_patient_and_no_case(tmp_path: Path, asked: Plan) -> None:
-    site = open_site(write_site(tmp_path / "north", size=8, approve="all").directory)
+    site = open_site(write_site(tmp_path / "north", size=8).directory)
     table = site.directory / "cases.csv"
     table.write_text(table.read_text().replace("Patient 1,", "Wolkenstein,"))
     ran(site, asked)
