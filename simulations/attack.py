@@ -92,6 +92,7 @@ def require_attackable(plan: Plan, settings: Settings) -> None:
         (settings.engine.workers is not None, "engine.workers=null", "workers, of which there are none"),
         (settings.resume, "resume=false", "resume=true"),
         (asked.validation_every > 0, "plan.evaluation.validation_every=0", "an evaluation"),
+        (plan.landmarks is not None, "a plan that trains", "plan.landmarks"),
         (asked.test_at_end, "plan.evaluation.test_at_end=false", "an evaluation"),
     ]
     for is_wrong, expected, found in refused:
