@@ -108,8 +108,10 @@ class Roster:
     def _is_to_ask(self, node: int) -> bool:
         if self._attempts[node] >= _ATTEMPTS:
             return False
-        is_waiting = self._names.get(node) in self.waiting
-        return node not in self._names or (is_waiting and time.monotonic() >= self._ask_again)
+        if node not in self._names:
+            return True
+        is_waiting = self.sites[self._names[node]].status == "waiting"
+        return is_waiting and time.monotonic() >= self._ask_again
 
     def name(self, node: int) -> str:
         """Returns the name of a site's node."""
