@@ -49,6 +49,8 @@ def rounds_of(plan: Plan, *, purpose: str, part: str) -> Sequence[int]:
     match purpose, part:
         case "train", "":
             return range(1, plan.rounds + 1)
+        case "landmarks", "":
+            return range(1, plan.rounds + 1) if plan.landmarks is not None else ()
         case "evaluate", "validation":
             return plan.validation_rounds
         case "evaluate", "test":

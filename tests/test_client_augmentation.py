@@ -500,9 +500,9 @@ def test_evaluation_sees_the_cases_as_they_are(tmp_path: Path) -> None:
         chosen = plan(**{**SMALL, "training__augmentation": augmentation}, privacy="none")
         network = model.build(chosen)
         task = Task(
-            run="r",
+            run=f"run-{len(scores)}",
             plan_hash=chosen.hash,
-            server_round=1,
+            server_round=chosen.rounds,
             purpose="evaluate",
             part="test",
             parameters=model.flatten(network),

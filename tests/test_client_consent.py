@@ -17,6 +17,7 @@ from client import approval, decision, waiting
 from client.__main__ import main
 from client.site import Site
 from common.errors import Refusal
+from common.trail import account
 from tests.plans import plan
 from tests.sites import write_site
 
@@ -79,7 +80,7 @@ def test_the_whole_plan_its_cost_and_what_leaves_are_shown_before_it_is_approved
     for part in ("expected_batch", "opacity", "arrays.update", "A run costs epsilon", "left", "percentile"):
         assert part in out
     told = decision.find(site, ASKED.hash, by="person")
-    assert told is not None and told.who == decision.account() and told.verdict == "approved"
+    assert told is not None and told.who == account() and told.verdict == "approved"
 
 
 @pytest.mark.parametrize(("typed", "status"), [("yes", "approved"), ("y", "waiting"), ("no", "waiting")])

@@ -397,7 +397,7 @@ def test_more_unusable_cases_than_the_hospital_states_stop_it(tmp_path: Path) ->
 def test_what_only_a_plan_makes_unusable_is_no_answer_to_it(tmp_path: Path) -> None:
     """Else a coordinator could ask, plan by plan and without a charge, how many cases are of some kind."""
     rows = many(tmp_path, num=20)
-    free: dict[str, Any] = {"approve": "all", "unsafe_allow_no_privacy": True}
+    free: dict[str, Any] = {"policies": [EVERY_PLAN], "unsafe_allow_no_privacy": True}
     site = make_site(tmp_path, rows, max_quarantined_fraction=0.01, **free)
     assert prepared(site, preprocessing__size=(8, 8, 8)) == ("approved", "")
     with (site.private / "quarantine.csv").open() as stream:
@@ -406,7 +406,7 @@ def test_what_only_a_plan_makes_unusable_is_no_answer_to_it(tmp_path: Path) -> N
 
 def test_only_the_cohort_of_the_last_plan_is_kept_open(tmp_path: Path) -> None:
     """An open cohort keeps its store on disk after its removal, and some hundred bytes a case in memory."""
-    free: dict[str, Any] = {"approve": "all", "unsafe_allow_no_privacy": True}
+    free: dict[str, Any] = {"policies": [EVERY_PLAN], "unsafe_allow_no_privacy": True}
     site = make_site(tmp_path, many(tmp_path, num=20), **free)
     for size in (8, 9, 10):
         assert prepared(site, preprocessing__size=(size, size)) == ("approved", "")

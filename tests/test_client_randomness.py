@@ -104,7 +104,7 @@ def released(site: Site, asked: Plan, start: FlatArray, *, purpose: Purpose, num
     task = Task(
         run=f"run-{number}",
         plan_hash=asked.hash,
-        server_round=1,
+        server_round=1 if purpose == "train" else asked.rounds,
         purpose=purpose,
         part="" if purpose == "train" else "test",
         parameters=start,

@@ -115,7 +115,7 @@ def test_a_run_has_a_row_for_every_case_that_it_might_draw(site: Site) -> None:
 def test_evaluation_adds_the_cases_of_its_part(site: Site) -> None:
     asked = quick()
     ask(site, asked)
-    ask(site, asked, "evaluate")
+    ask(site, asked, "evaluate", server_round=asked.rounds)
     found = rows(site)
     assert named(found, "test") == expected(cases_of(site, "test"))
     assert named(found, "train") == expected(cases_of(site, "train"))
@@ -165,15 +165,15 @@ def test_a_cohort_frozen_anew_in_the_middle_is_added_to_that_of_before(site: Sit
 def test_runs_and_plans_are_told_apart(site: Site) -> None:
     asked, other = quick(), quick(seed=3)
     ask(site, asked)
-    ask(site, other)
+    ask(site, asked, run="run-3")
     ask(site, other, run="run-2")
-    assert {row["plan_hash"] for row in rows(site)} == {asked.hash, other.hash}
+    assert {row["plan_hash"] for row in rows(site)} == {asked.hash}
     assert {row["plan_hash"] for row in rows(site, "run-2")} == {other.hash}
     patient = cases_of(site, "train")[0].case.patient
     uses = usage.find(site, patient=patient)
     assert {(use.run, use.plan_hash) for use in uses} == {
         (RUN, asked.hash),
-        (RUN, other.hash),
+        ("run-3", asked.hash),
         ("run-2", other.hash),
     }
     assert all((use.part, use.cases) == ("train", 2) for use in uses)
@@ -198,7 +198,9 @@ def test_only_the_site_can_read_it(site: Site) -> None:
 @pytest.mark.parametrize("purpose", ["train", "evaluate"])
 def test_refused_task_uses_no_case(tmp_path: Path, purpose: str) -> None:
     poor = write_site(tmp_path / "poor", size=8, max_epsilon=0.1)
-    assert ask(poor, quick(), purpose) == "budget_exceeded"
+    last = quick().rounds
+    asked = {"train": 1, "evaluate": last}
+    assert ask(poor, quick(), purpose, server_round=asked[purpose]) == "budget_exceeded"
     assert ask(poor, quick(), "prepare") == ""
     assert not poor.runs.exists()
 

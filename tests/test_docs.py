@@ -117,7 +117,7 @@ def test_what_a_hospital_is_shown_before_it_approves_is_in_the_words_of_the_tabl
     drawn = {"target": "mask", "classes": ("background", "square"), "model": "unet"}
     shown = [
         one
-        for plan in (plans.plan(), plans.plan(**drawn))
+        for plan in (plans.plan(), plans.plan(**drawn), plans.plan(**(plans.TINY | ASKED)))
         for site in (north, east)
         for one in leaving.leaving(site, plan)
     ]

@@ -249,7 +249,7 @@ def test_json_has_the_documented_keys(report):
     tree = json.loads(report.to_json())
     assert set(tree) == {
         "plan_hash", "run", "study", "engine", "versions", "started", "finished", "status", "rounds", "final",
-        "privacy", "participation", "timing", "plan", "notes",
+        "privacy", "participation", "timing", "restarts", "plan", "notes",
     }  # fmt: skip
     assert set(tree["versions"]) == {"feverfew", "flwr", "torch", "monai", "opacus"}
     assert set(tree["rounds"][0]) == {"round", "seconds", "sites_asked", "sites_valid", "train_loss"}
@@ -264,7 +264,8 @@ def test_json_has_the_documented_keys(report):
         "epsilon", "noise_multiplier", "sample_rate", "steps", "nominal_patients",
     }  # fmt: skip
     assert set(tree["participation"]["aspen"]) == {
-        "status", "role", "rounds_valid", "rounds_late", "rounds_rejected", "story", "patient_is",
+        "status", "role", "rounds_valid", "rounds_late", "rounds_rejected", "tasks_sent_again", "story",
+        "patient_is",
     }  # fmt: skip
     assert set(tree["timing"]) == {"wall_seconds", "training_seconds", "overhead_seconds"}
 
