@@ -73,7 +73,7 @@ def report_of(
         restarts=dict(restarts),
         plan=plan.model_dump(mode="json"),
         landmarks=None if landmarks is None else _landmarks(landmarks),
-        notes=tuple(_notes(plan, state.sites)),
+        notes=(*_notes(plan, state.sites), *_losses(restarts)),
     )
 
 
@@ -202,6 +202,13 @@ def _story(site: Prepared | None, seen: Attendance, *, rounds: int | None, waiti
     if seen.late:
         problems.append(f"{seen.late} late")
     return "; ".join([told, *problems])
+
+
+def _losses(restarts: Mapping[str, int]) -> list[str]:
+    return [
+        f"The coordinator's {name} was lost and started again, {number} times; the run went on."
+        for name, number in sorted(restarts.items())
+    ]
 
 
 def _notes(plan: Plan, sites: Mapping[str, Prepared]) -> list[str]:

@@ -511,6 +511,7 @@ def _require_told(stage: Stage, record: RunRecord, faults: tuple[Fault, ...], re
     lost["serverapp"] = sum(fault.owner == "server" and not fault.kills for fault in faults)
     for process, number in lost.items():
         assert report["restarts"].get(process, 0) >= number, (process, report["restarts"])
+        assert number == 0 or any(f"coordinator's {process} was lost" in note for note in report["notes"])
 
 
 def _charges(site: Path, run: str) -> Counter[tuple[str, int]]:
