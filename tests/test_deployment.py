@@ -168,7 +168,8 @@ class Federation:
 
     def follow(self, submitted: Followed) -> tuple[Outcome, list[dict[str, Any]]]:
         events: list[dict[str, Any]] = []
-        return submission.follow(self.home, submitted, show=events.append), events
+        outcome = submission.follow(self.home, submitted, show=events.append)
+        return outcome, [event for event in events if event["event"] == "round_finished"]
 
     def kill(self, name: str) -> int:
         """Kills one of the coordinator's processes; returns its pid."""
@@ -231,7 +232,7 @@ def test_a_failed_run_is_not_called_a_success(federation: Federation) -> None:
     assert "this plan fails" in outcome.details
 
 
-def test_a_worker_killed_in_the_middle_of_a_task_costs_this_task_only(federation: Federation) -> None:
+def test_a_worker_killed_in_the_middle_of_a_task_is_replaced_and_the_task_done(federation: Federation) -> None:
     submitted = federation.submit(rounds=["train.sleeps_once", "train"])
     notes = [federation.directory / name / "sleeper" for name in SITES]
     wait_for(lambda: all(note.exists() and note.read_text() for note in notes), what="workers at work")
@@ -239,8 +240,7 @@ def test_a_worker_killed_in_the_middle_of_a_task_costs_this_task_only(federation
         os.kill(int(note.read_text()), signal.SIGKILL)
     outcome, events = federation.follow(submitted)
     assert outcome.is_success
-    assert events[0]["reasons"] == ["worker_died"] * 2 and events[0]["seconds"] < 15
-    assert events[1]["sites_valid"] == 2
+    assert [event["sites_valid"] for event in events] == [2, 2] and events[0]["seconds"] < 20
 
 
 @pytest.mark.parametrize("name", ["gateway", "superlink"])
