@@ -27,6 +27,9 @@ from server.story import Status, report_of
 
 MIN_REPLY_BYTES = 2**28
 """What a reply may have in memory, at least: exact scores of ten million cases."""
+UPLOAD_SECONDS = 10.0
+"""How long the rest of a reply is waited for that a site has begun to send, before others get a look; what has
+come by then need not be sent again."""
 app = ServerApp()
 
 
@@ -41,7 +44,8 @@ def main(grid: Grid, context: Context) -> None:
         return
     record.directory.mkdir(parents=True, exist_ok=True)
     record.begin_life(context.run_id)
-    bound_messages(max(MIN_REPLY_BYTES, 12 * model.num_parameters(model.build(plan))))
+    largest = max(MIN_REPLY_BYTES, 12 * model.num_parameters(model.build(plan)))
+    bound_messages(largest, max_seconds=UPLOAD_SECONDS)
     with noted_end(record):
         coordinate(
             grid,
