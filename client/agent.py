@@ -53,6 +53,8 @@ NOT_READABLE: Final = "unreadable"
 """A task's parts are not what they say they are."""
 MAX_TASK_BYTES: Final = 2**31
 """Of one task in memory: half a billion parameters."""
+DOWNLOAD_SECONDS: Final = 600.0
+"""How long the parts of a task are waited for that the coordinator has begun to send."""
 RUN_NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
 
 
@@ -111,7 +113,7 @@ class Agent:
         pid_file.write_text(f"{os.getpid()}\n")
         trail.record_if_possible(self.site, "started", by=account())
         flower.shorten_backoff()
-        flower.bound_messages(MAX_TASK_BYTES)
+        flower.bound_messages(MAX_TASK_BYTES, max_seconds=DOWNLOAD_SECONDS)
         heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         end_monitor = self._monitor()
         try:

@@ -133,7 +133,6 @@ __all__ = [
     "get_all_nested_objects",
     "get_object_tree",
     "inflate_object_from_contents",
-    "limit_wait_for_content",
     "make_confirm_message_received_fn_protobuf",
     "make_pull_object_fn_protobuf",
     "make_push_object_fn_protobuf",
@@ -205,20 +204,12 @@ def shorten_backoff() -> None:
         function.__kwdefaults__["initial_backoff"] = BACKOFF_SECONDS
 
 
-def limit_wait_for_content(seconds: float) -> None:
-    """Limits, in this process, the wait for the content of a message of which only the head is there.
-
-    Flower waits until the sender's session expires, after three minutes, and meanwhile for nothing else. The
-    message is answered with the error ``MESSAGE_UNAVAILABLE`` instead.
-    """
-    pull_objects.__kwdefaults__["max_time"] = seconds
-
-
-def bound_messages(max_bytes: int) -> None:
-    """Refuses, in this process, to receive a message of more bytes than this, or to make one in memory.
+def bound_messages(max_bytes: int, *, max_seconds: float) -> None:
+    """Bounds, in this process, what one message may take in memory, and how long its parts are waited for.
 
     A sender may name any number of parts; and an array may name one part a million times, which are a few
-    kilobytes on the wire. What is refused raises one of ``UNREADABLE``.
+    kilobytes on the wire. What is refused raises one of ``UNREADABLE``. Flower waits two hours for parts that
+    were promised, and looks at nothing else meanwhile; what did not come is ``MESSAGE_UNAVAILABLE``.
     """
 
     def inflate(cls: type[Array], content: bytes, children: dict[str, Any] | None = None) -> Array:
@@ -230,8 +221,11 @@ def bound_messages(max_bytes: int) -> None:
             raise ValueError(f"expected an array of at most {max_bytes} bytes")
         return _INFLATE_ARRAY(content, children)
 
-    def pull(object_ids: list[str], pull_object: Callable[[str], bytes], **options: Any) -> dict[str, bytes]:
-        return dict(pull_objects(object_ids, _counted(pull_object, max_bytes=max_bytes), **options))
+    def pull(
+        object_ids: list[str], pull_object_fn: Callable[[str], bytes], **options: Any
+    ) -> dict[str, bytes]:
+        counted = _counted(pull_object_fn, max_bytes=max_bytes)
+        return dict(pull_objects(object_ids, counted, **options | {"max_time": max_seconds}))
 
     Array.inflate = classmethod(inflate)
     for name in _PULLING_MODULES & set(sys.modules):  # a process has imported what it pulls with

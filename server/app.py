@@ -16,7 +16,7 @@ from safetensors.numpy import save
 
 from common import durable, model
 from common.errors import FeverfewError, QuorumNotReached
-from common.flower import bound_messages, limit_wait_for_content, shorten_backoff
+from common.flower import bound_messages, shorten_backoff
 from common.plan import Plan
 from common.trail import Trail
 from server import checkpoint
@@ -31,18 +31,16 @@ from server.trail import signed
 
 MIN_REPLY_BYTES = 2**28
 """What a reply may have in memory, at least: exact scores of ten million cases."""
+UPLOAD_SECONDS = 5.0
+"""How long the rest of a reply is waited for that a site has begun to send, before others get a look. A site that
+died in between never sends it; what has come by then need not be sent again."""
 app = ServerApp()
-
-CONTENT_SECONDS = 5.0
-"""How long a reply may lag behind its head. A site that died in between never sends the rest; one on a slow
-link is asked again, and has then little to send: what has arrived is not sent twice."""
 
 
 @app.main()  # type: ignore[untyped-decorator]
 def main(grid: Grid, context: Context) -> None:
     """Runs the plan of the run config; a run that was interrupted goes on from its last checkpoint."""
     shorten_backoff()
-    limit_wait_for_content(CONTENT_SECONDS)
     plan = Plan.from_json(str(context.run_config["plan"]))
     run = str(context.run_config["run"])
     record = RunRecord(directory=run_directory(run))
@@ -50,7 +48,8 @@ def main(grid: Grid, context: Context) -> None:
         return
     record.directory.mkdir(parents=True, exist_ok=True)
     record.begin_life(context.run_id)
-    bound_messages(max(MIN_REPLY_BYTES, 12 * model.num_parameters(model.build(plan))))
+    largest = max(MIN_REPLY_BYTES, 12 * model.num_parameters(model.build(plan)))
+    bound_messages(largest, max_seconds=UPLOAD_SECONDS)
     heads, key = Path(os.environ["FEVERFEW_HEADS_DIRECTORY"]), Path(os.environ["FEVERFEW_TRAIL_KEY"])
     with noted_end(record), signed(record.directory / EVENTS, run=run, key=key, heads=heads):
         coordinate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ _LONGEST_PAUSE_SECONDS = 0.25
 _PAUSE_FRACTION = 0.02  # of the time waited so far: what polling may add to a round
 _PAUSE_TO_POLL = 2.0  # of the time that the last look took: polling must not keep the SuperLink from its work
 _PUSH_AGAIN_SECONDS = 1.0
+_LONGEST_PUSH_AGAIN_SECONDS = 60.0
 NOT_READABLE = 1000
 """The code of the error that stands for a reply whose parts are not what they say they are."""
 # What Flower answers itself when a node was away: the task is lost, the site may be back.
@@ -40,7 +42,7 @@ class Mailbox:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self.addresses = Addresses(grid)
-        self._overdue: dict[str, Message] = {}
+        self._overdue: dict[str, Late] = {}
         self._lost: list[int] = []
 
     def ask(
@@ -55,6 +57,7 @@ class Mailbox:
         pending = self._push(messages)
         yield from self._refused(messages, pending)
         again: dict[int, tuple[float, Message]] = {}  # by node: when to push what a second time
+        lost: Counter[int] = Counter()  # by node: replies of which not all came
         start = time.monotonic()
         is_last_look = False
         while (pending or again) and not is_last_look:
@@ -64,14 +67,19 @@ class Mailbox:
             # look after the deadline.
             is_last_look = began >= start + deadline_seconds
             for message_id, message in list(pending.items()):
-                reply = self._pull(message_id, message)
+                try:
+                    reply = self._pull(message_id)
+                except UNREADABLE:  # one site's broken reply must not end the run of all
+                    reply = Message(Error(code=NOT_READABLE, reason="unreadable"), reply_to=message)
                 if reply is None:
                     continue
                 arrived = True
                 del pending[message_id]
                 if reply.has_error() and reply.error.code in _LOST:
                     node = message.metadata.dst_node_id
-                    again[node] = (time.monotonic() + _PUSH_AGAIN_SECONDS, message)
+                    lost[node] += reply.error.code != ErrorCode.NODE_UNAVAILABLE
+                    pause = min(_PUSH_AGAIN_SECONDS * 2 ** lost[node], _LONGEST_PUSH_AGAIN_SECONDS)
+                    again[node] = (time.monotonic() + pause, message)
                     self._lost.append(node)
                     continue
                 yield message.metadata.dst_node_id, reply
@@ -88,7 +96,7 @@ class Mailbox:
                 time.sleep(min(max(pause, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS))
         for message_id, message in pending.items():
             metadata = message.metadata
-            self._overdue[message_id] = message
+            self._overdue[message_id] = Late(node=metadata.dst_node_id, group=metadata.group_id)
             yield metadata.dst_node_id, None
         for node in again:
             yield node, None
@@ -101,13 +109,16 @@ class Mailbox:
     def late(self) -> list[Late]:
         """Returns the replies to earlier messages that have come since, and forgets them."""
         found = []
-        for message_id, message in list(self._overdue.items()):
-            reply = self._pull(message_id, message)
+        for message_id, late in list(self._overdue.items()):
+            try:
+                reply = self._pull(message_id)
+            except UNREADABLE:
+                del self._overdue[message_id]
+                continue
             if reply is not None:
                 del self._overdue[message_id]
                 if not reply.has_error():
-                    metadata = message.metadata
-                    found.append(Late(node=metadata.dst_node_id, group=metadata.group_id))
+                    found.append(late)
         return found
 
     def _push(self, messages: Sequence[Message]) -> dict[str, Message]:
@@ -126,12 +137,9 @@ class Mailbox:
             if message.metadata.dst_node_id not in taken:
                 yield message.metadata.dst_node_id, None
 
-    def _pull(self, message_id: str, message: Message) -> Message | None:
+    def _pull(self, message_id: str) -> Message | None:
         """Returns the first reply to a message; further ones are never looked at."""
-        try:
-            return next(iter(self._grid.pull_messages([message_id])), None)
-        except UNREADABLE:  # one site's broken reply must not end the run of all
-            return Message(Error(code=NOT_READABLE, reason="unreadable"), reply_to=message)
+        return next(iter(self._grid.pull_messages([message_id])), None)
 
 
 def _copy(message: Message, *, node: int) -> Message:

@@ -39,7 +39,7 @@ SEEDS = [
 
 def parse(data: bytes) -> None:
     """Puts the objects together; every error is one of those that our two readers expect."""
-    flower.bound_messages(MOST_BYTES)
+    flower.bound_messages(MOST_BYTES, max_seconds=1)
     contents, root = objects(data)
     try:
         message: Any = flower.inflate_object_from_contents(root, contents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.supercore.inflatable import inflatable_utils
+from flwr.superlink.grid import http_grid
 
 from common import flower
 from tests.fuzz_objects import SEEDS, named, objects, split
@@ -19,7 +21,8 @@ MEGABYTE = 2**20
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(Array, "inflate", Array.__dict__["inflate"])
-    monkeypatch.setattr(inflatable_utils, "pull_objects", inflatable_utils.pull_objects)
+    for module in (inflatable_utils, http_grid):
+        monkeypatch.setattr(module, "pull_objects", module.pull_objects)
     yield
 
 
@@ -43,7 +46,7 @@ def parts_of(sent: Message) -> tuple[dict[str, bytes], Any]:
 
 def test_a_message_within_the_bound_arrives_unchanged() -> None:
     values = np.arange(5000, dtype=np.float32)
-    flower.bound_messages(MEGABYTE)
+    flower.bound_messages(MEGABYTE, max_seconds=1)
     found = pulled(*parts_of(message(values)))
     assert found.content.array_records["arrays"]["update"].numpy().tobytes() == values.tobytes()
 
@@ -52,7 +55,7 @@ def test_an_array_that_names_one_part_a_million_times_is_not_made() -> None:
     """A kilobyte of zeros a million times: a gigabyte in memory, and six megabytes on the wire."""
     many = b"[" + b"0, " * 999_999 + b"0]"
     contents, root = named([part.replace(b"[0]", many) for part in split(SEEDS[0])])
-    flower.bound_messages(MEGABYTE)
+    flower.bound_messages(MEGABYTE, max_seconds=1)
     with pytest.raises(ValueError, match="an array of at most 1048576 bytes"):
         flower.inflate_object_from_contents(root, contents)
 
@@ -66,17 +69,17 @@ def test_a_message_of_more_bytes_than_the_bound_is_not_fetched_to_its_end() -> N
         fetched.append(len(contents[name]))
         return contents[name]
 
-    flower.bound_messages(MEGABYTE)
+    flower.bound_messages(MEGABYTE, max_seconds=1)
     with pytest.raises(flower.UNREADABLE):
         flower.pull_and_inflate_object_from_tree(tree, fetch, lambda name: None, return_type=Message)
 
 
 def test_bounds_can_be_set_again() -> None:
     contents, tree = parts_of(message(np.zeros(1000, np.float32)))
-    flower.bound_messages(10)
+    flower.bound_messages(10, max_seconds=1)
     with pytest.raises(flower.UNREADABLE):
         pulled(contents, tree)
-    flower.bound_messages(MEGABYTE)
+    flower.bound_messages(MEGABYTE, max_seconds=1)
     assert pulled(contents, tree).content.array_records["arrays"]["update"].numpy().shape == (1000,)
 
 
@@ -93,3 +96,16 @@ def test_parts_that_are_not_what_they_say_raise_what_both_ends_expect(kind: byte
     assert broken != contents
     with pytest.raises(flower.UNREADABLE):
         flower.inflate_object_from_contents(root, broken)
+
+
+def test_parts_that_never_come_are_not_waited_for_two_hours() -> None:
+    """The grid of a ServerApp pulls with keywords, and makes an error message of this."""
+
+    def never(name: str) -> bytes:
+        raise inflatable_utils.ObjectUnavailableError(name)
+
+    flower.bound_messages(MEGABYTE, max_seconds=0.2)
+    begun = time.monotonic()
+    with pytest.raises(flower.ObjectPullError):
+        http_grid.pull_objects(object_ids=["a"], pull_object_fn=never, initial_backoff=0.01)
+    assert time.monotonic() - begun < 5

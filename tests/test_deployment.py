@@ -55,6 +55,26 @@ _log_to(site)
 signal.signal(signal.SIGTERM, _leave)
 open_agent(site, app="tests.tiny:client_app").run()
 """
+HOSTILE = f"""
+from flwr.app import RecordDict
+from flwr.supercore.inflatable.inflatable_object import add_header_to_object_body
+from client.agent import Agent
+
+class Broken(RecordDict):
+    def deflate(self):
+        return add_header_to_object_body(object_body=b"{{", obj=self)
+
+Broken.__name__ = Broken.__qualname__ = "RecordDict"
+send = Agent._send
+
+def send_broken(self, reply):
+    reply.__dict__["_content"] = Broken(dict(reply.content))
+    return send(self, reply)
+
+Agent._send = send_broken
+{AGENT}
+"""
+"""An agent whose replies have the hash and the head that they should, and are no JSON."""
 WATCH = """
 import os, sys
 
@@ -232,7 +252,9 @@ def test_a_failed_run_is_not_called_a_success(federation: Federation) -> None:
     assert "this plan fails" in outcome.details
 
 
-def test_a_worker_killed_in_the_middle_of_a_task_is_replaced_and_the_task_done(federation: Federation) -> None:
+def test_a_worker_killed_in_the_middle_of_a_task_is_replaced_and_the_task_done(
+    federation: Federation,
+) -> None:
     submitted = federation.submit(rounds=["train.sleeps_once", "train"])
     notes = [federation.directory / name / "sleeper" for name in SITES]
     wait_for(lambda: all(note.exists() and note.read_text() for note in notes), what="workers at work")
@@ -285,6 +307,23 @@ def test_a_task_of_a_killed_agent_is_done_by_the_one_that_is_started_after_it(fe
     assert outcome.is_success and events[0]["sites_valid"] == 2
     print(f"a round with a killed agent took {events[0]['seconds']:.1f} s")
     assert not Path(f"/proc/{note.read_text()}").exists(), "the worker has ended with its agent"
+
+
+def test_a_site_whose_replies_cannot_be_put_together_does_not_end_the_run(federation: Federation) -> None:
+    assert federation.stop("north") == 0
+    federation.spawn("north", sys.executable, "-c", HOSTILE, "north")
+    wait_for(lambda: federation.log("north").count("connected as node") > 0 and all_online(federation))
+    outcome, events = federation.follow(federation.submit(rounds=["train"] * 2))
+    assert outcome.is_success and outcome.status == "completed"
+    assert [event["sites_valid"] for event in events] == [1, 1]
+    assert [event["reasons"] for event in events] == [["unreadable"]] * 2
+    federation.stop("north")
+    federation.start_agent("north")
+    wait_for(lambda: all_online(federation))
+
+
+def all_online(federation: Federation) -> bool:
+    return list(federation.status.sites.values()) == ["online"] * 2
 
 
 def test_a_key_that_is_not_enrolled_gets_nowhere(federation: Federation) -> None:
