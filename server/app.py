@@ -32,8 +32,8 @@ from server.trail import signed
 MIN_REPLY_BYTES = 2**28
 """What a reply may have in memory, at least: exact scores of ten million cases."""
 UPLOAD_SECONDS = 5.0
-"""How long the rest of a reply is waited for that a site has begun to send, before others get a look. A site that
-died in between never sends it; what has come by then need not be sent again."""
+"""How long the rest of a reply is waited for that a site has begun to send, before others get a look. A site
+that died in between never sends it; what has come by then need not be sent again."""
 app = ServerApp()
 
 

@@ -252,7 +252,7 @@ def test_a_failed_run_is_not_called_a_success(federation: Federation) -> None:
     assert "this plan fails" in outcome.details
 
 
-def test_a_worker_killed_in_the_middle_of_a_task_is_replaced_and_the_task_done(
+def test_a_worker_killed_in_the_middle_of_a_task_is_replaced(
     federation: Federation,
 ) -> None:
     submitted = federation.submit(rounds=["train.sleeps_once", "train"])
