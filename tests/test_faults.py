@@ -435,21 +435,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_in_the_middle_of_a_ru
     assert (record.directory / "model.safetensors").read_bytes() == stage.model
 
 
-def test_a_damaged_data_base_of_the_superlink_is_set_aside_and_nothing_is_lost(stage: Stage) -> None:
-    state = stage.federation.home.state
-
-    def trouble(record: RunRecord) -> None:
-        wait_for(lambda: _round(record) >= 3, what="round 3", seconds=120)
-        with (state / "superlink.db").open("r+b") as file:
-            file.write(b"no data base at all" * 100)
-        stage.federation.kill_named("superlink", "server")
-
-    record = stage.run_beside("damaged data base", trouble)
-    assert (record.directory / "model.safetensors").read_bytes() == stage.model
-    assert list(state.glob("superlink.db.damaged-*"))
-    assert "damaged" in stage.federation.log("coordinator")
-
-
 FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 
 
@@ -476,29 +461,6 @@ def test_a_clock_that_jumps_is_named_and_the_site_goes_on_when_it_is_right_again
     assert (record.directory / "model.safetensors").read_bytes() == stage.model
     stage.federation.extra.pop("west")
     stage.federation.processes["west"].kill()
-
-
-@pytest.mark.parametrize("quorum", [1, 2])
-def test_of_four_sites_one_is_gone_one_stalls_one_sends_nan_and_the_plan_decides(
-    stage: Stage, quorum: int
-) -> None:
-    federation = stage.federation
-    plan = _changed(stage.plan, quorum=quorum, rounds=2, reply_deadline_seconds=12, node_deadline_seconds=5)
-    (federation.points / "west.poison").touch()
-    fault_points.arm(federation.points, "south", "step_done", action="stall")
-    gone = federation.processes.pop("north")
-    gone.kill()
-    gone.wait()
-    record = stage.record(f"troubled {quorum}")
-    outcome = submission.follow(federation.home, stage.submit(record, plan), show=lambda event: None)
-    told = json.loads((record.directory / "report.json").read_text())
-    stories = {name: site["story"] for name, site in told["participation"].items()}
-    assert "not_finite" in stories["west"] and "missing" in stories["south"]
-    assert outcome.status == ("completed" if quorum == 1 else "quorum_not_reached"), outcome
-    assert "trained" in stories["east"] and outcome.has_report
-    (federation.points / "west.poison").unlink()
-    federation.processes["south"].kill()
-    federation.spawn("north", *federation.commands["north"])
 
 
 def _changed(plan: Plan, **changes: Any) -> Plan:
