@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TEST_MARKS ?= not slow and not deployment and not gpu
 RUN ?= pytest --numprocesses 2 --dist loadfile
 
-.PHONY: simulate test check format bench fuzz kill docs clean
+.PHONY: simulate test check format bench faults fuzz kill docs clean
 
 simulate: $(VENV)/installed
 	$(BIN)/feverfew-simulate $(OVERRIDES)
@@ -30,6 +30,10 @@ FUZZ ?= checkpoint dicom messages objects plan site table
 fuzz: $(VENV)/installed-dev
 	$(BIN)/pip install --quiet --editable '.[fuzz]'
 	for parser in $(FUZZ); do $(BIN)/python -W ignore -m tests.fuzz $$parser || exit 1; done
+
+# Every process of a federation killed at every point, disks full, clocks wrong: about fifteen minutes.
+faults: $(VENV)/installed-dev
+	$(BIN)/pytest -m faults tests/test_faults.py
 
 # Two hundred runs of a site that is killed and asked again at random.
 kill: $(VENV)/installed-dev

@@ -36,6 +36,7 @@ from tests.test_deployment import BINARIES, ROOT, Federation, free_ports, wait_f
 pytestmark = [
     pytest.mark.deployment,
     pytest.mark.slow,
+    pytest.mark.faults,
     pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning"),
 ]
 
