@@ -73,6 +73,7 @@ def test_without_privacy_nothing_is_known_of_an_update() -> None:
     assert longest(plan(**FEW, privacy="none")) == math.inf
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nominal", [1, 8, 20, 1000, 10**7, 2**53])
 def test_the_multiplier_that_is_computed_at_once_is_never_below_the_sites_own(nominal: int) -> None:
     asked = plan(**FEW)
