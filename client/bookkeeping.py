@@ -1,0 +1,431 @@
+"""Book-keeping: what each patient contributes to every parameter, from one backward pass.
+
+The forward of each layer with parameters is replaced while a network is attached. In the backward pass it
+computes the gradient of its input as ever, but of its parameters what each patient contributes, instead of
+the sum over the batch, which would be of no use. No hook wraps an output, so that a network may go on with
+it in place.
+
+Source: Bu et al. (2023), Differentially Private Optimization on Large Model at Small Cost (book-keeping);
+one native call a patient for the weights of a convolution is ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional
+
+from client.contribution import Contribution, Products, Rows
+from client.training import Batch
+
+_CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_INSTANCE_NORMS: Final = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+
+class NotSupported(Exception):
+    """A layer of whose gradients book-keeping cannot tell what each patient contributes; says which."""
+
+
+@dataclass
+class Book:
+    """What the patients of the batch at hand contribute, by parameter."""
+
+    owners: Tensor
+    num_patients: int
+    shares: Tensor
+    starts: list[int]
+    uses: Counter[nn.Parameter] = field(default_factory=Counter)
+    found: dict[nn.Parameter, Contribution] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Batch, *, dtype: torch.dtype) -> Book:
+        counts = torch.bincount(batch.owners, minlength=batch.num_patients)
+        return cls(
+            owners=batch.owners,
+            num_patients=batch.num_patients,
+            shares=counts.to(dtype).reciprocal()[batch.owners],
+            starts=[0, *counts.cumsum(0).tolist()],
+        )
+
+    def add(self, parameter: nn.Parameter, contribution: Contribution) -> None:
+        """Notes a contribution; those of several uses of a parameter add up."""
+        if self.uses[parameter] > 1:
+            former = self.found.get(parameter)
+            rows = contribution.rows()
+            contribution = Rows(rows if former is None else former.rows() + rows)
+        self.found[parameter] = contribution
+
+    def mean(self, by_case: Tensor) -> Rows:
+        """Returns the means over each patient's cases of (cases, *shape)."""
+        if self.num_patients == len(by_case):
+            return Rows(by_case)
+        shared = by_case * self.shares.reshape(-1, *[1] * (by_case.dim() - 1))
+        zeros = shared.new_zeros(self.num_patients, *shared.shape[1:])
+        return Rows(zeros.index_add_(0, self.owners, shared))
+
+    def products(self, left: Tensor, right: Tensor, *, shape: torch.Size) -> Products:
+        """left: (cases, rows, positions), right: (cases, columns, positions)."""
+        return Products(left, right, shape, self.owners, self.shares, self.num_patients)
+
+    def by_patient(self, gradient: Callable[[slice], Tensor]) -> Rows:
+        """Returns each patient's mean, where ``gradient`` gives the sum over a slice of the cases."""
+        rows = torch.stack(
+            [gradient(slice(*ends)) for ends in zip(self.starts, self.starts[1:], strict=False)]
+        )
+        if self.num_patients < len(self.owners):
+            rows *= self.shares[self.starts[:-1]].reshape(-1, *[1] * (rows.dim() - 1))
+        return Rows(rows)
+
+
+class BookKeeping:
+    """Replaces the forward of a network's layers until ``detach``.
+
+    Layers of kinds that are not known here are done by torch's vectorised gradients, case by case; such a
+    layer has to take one tensor, cases first.
+
+    Raises:
+        NotSupported: a module has parameters of its own and modules within.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._network = network
+        self._parameters = list(network.parameters())
+        self._layers = [layer for layer in network.modules() if list(layer.parameters(recurse=False))]
+        self._book: Book | None = None
+        forwards = [self._forward_of(layer) for layer in self._layers]
+        for layer, forward in zip(self._layers, forwards, strict=True):
+            layer.forward = forward
+
+    def detach(self) -> None:
+        """Gives the layers their own forward back."""
+        for layer in self._layers:
+            layer.__dict__.pop("forward", None)
+
+    def contributions(
+        self, batch: Batch, losses: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[list[Contribution], Tensor]:
+        """Runs one forward and one backward pass.
+
+        Args:
+            losses: (outputs, targets) -> the loss of each case, (cases,).
+
+        Returns:
+            What the patients contribute to each parameter, in the network's order, and the losses by case.
+        """
+        self._book = book = Book.of(batch, dtype=self._parameters[0].dtype)
+        try:
+            by_case = losses(self._network(*batch.inputs), batch.targets)
+            by_case.sum().backward()  # type: ignore[no-untyped-call]
+        finally:
+            self._book = None
+        return [self._found(book, parameter) for parameter in self._parameters], by_case.detach()
+
+    def _found(self, book: Book, parameter: nn.Parameter) -> Contribution:
+        """A parameter that had no part in the loss has a gradient of zero."""
+        if parameter in book.found:
+            return book.found[parameter]
+        return Rows(parameter.new_zeros(book.num_patients, *parameter.shape))
+
+    def _forward_of(self, layer: nn.Module) -> Callable[..., Tensor]:
+        kind: Any = type(layer)
+        for known, forward in _FORWARDS.items():
+            if issubclass(kind, known) and kind.forward is known.forward:
+                return partial(self._run, forward, layer)
+        if list(layer.children()):
+            raise NotSupported(f"{kind.__name__} has parameters of its own beside those of its layers")
+        return partial(self._run, _other, layer)
+
+    def _run(self, forward: Callable[..., Tensor], layer: nn.Module, *inputs: Any) -> Tensor:
+        book = self._book
+        if book is None or not torch.is_grad_enabled():
+            plain: Tensor = type(layer).forward(layer, *inputs)
+            return plain
+        book.uses.update(layer.parameters(recurse=False))
+        return forward(layer, book, *inputs)
+
+
+# A Function of each kind of layer: forward as torch does it; backward gives the input's gradient, and to the
+# book what the patients contribute. Parameters are among the inputs, though they get no gradient: without
+# one that needs a gradient there would be no backward for the first layer.
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Linear, book: Book, inputs: Tensor, weight: Tensor) -> Tensor:
+        ctx.layer, ctx.book = layer, book
+        ctx.save_for_backward(inputs, weight)
+        return functional.linear(inputs, weight, layer.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        inputs, weight = ctx.saved_tensors
+        layer, book = ctx.layer, ctx.book
+        positions = (len(inputs), -1)
+        left = outer.reshape(*positions, outer.shape[-1]).transpose(1, 2)
+        right = inputs.reshape(*positions, inputs.shape[-1]).transpose(1, 2)
+        book.add(layer.weight, _smaller(book.products(left, right, shape=weight.shape)))
+        if layer.bias is not None:
+            book.add(layer.bias, book.mean(left.sum(dim=2)))
+        return None, None, outer @ weight if ctx.needs_input_grad[2] else None, None
+
+
+class _Convolution(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Any, book: Book, inputs: Tensor, weight: Tensor, padding: tuple[int, ...]
+    ) -> Tensor:
+        ctx.layer, ctx.book = layer, book
+        ctx.settings = (
+            *(layer.stride, padding, layer.dilation, layer.transposed),
+            *(layer.output_padding, layer.groups),
+        )
+        ctx.save_for_backward(inputs, weight)
+        return torch.convolution(inputs, weight, layer.bias, *ctx.settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        inputs, weight = ctx.saved_tensors
+        layer, book = ctx.layer, ctx.book
+        outer = outer.contiguous()
+
+        def derived(of: slice, *, mask: list[bool]) -> Any:
+            return torch.ops.aten.convolution_backward(
+                outer[of], inputs[of], weight, None, *ctx.settings, mask
+            )
+
+        def of_weight(of: slice) -> Tensor:
+            found: Tensor = derived(of, mask=[False, True, False])[1]
+            return found
+
+        if _is_pointwise(layer) and _fits(weight, positions=outer[0, 0].numel()):
+            products = book.products(outer.flatten(2), inputs.flatten(2), shape=weight.shape)
+            book.add(layer.weight, products)
+        else:
+            book.add(layer.weight, book.by_patient(of_weight))
+        if layer.bias is not None:
+            book.add(layer.bias, book.mean(outer.flatten(2).sum(dim=2)))
+        of_inputs = None
+        if ctx.needs_input_grad[2]:
+            of_inputs = derived(slice(None), mask=[True, False, False])[0]
+        return None, None, of_inputs, None, None
+
+
+class _GroupNorm(Function):
+    """Instance normalisation is that of one group for each channel."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: Any, book: Book, inputs: Tensor, weight: Tensor, groups: int) -> Tensor:
+        inputs = inputs.contiguous()
+        ctx.layer, ctx.book = layer, book
+        ctx.sizes = (*inputs.shape[:2], inputs[0, 0].numel(), groups)
+        normed, mean, deviation = torch.ops.aten.native_group_norm(
+            inputs, weight, layer.bias, *ctx.sizes, layer.eps
+        )
+        ctx.save_for_backward(inputs, weight, mean, deviation)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        inputs, weight, mean, deviation = ctx.saved_tensors
+        cases, channels, _, groups = ctx.sizes
+        outer = outer.contiguous()
+        sums = outer.flatten(2).sum(dim=2)
+        products = torch.linalg.vecdot(outer.flatten(2), inputs.flatten(2))
+        by_group = (cases, groups, channels // groups)
+        of_weight = (products.view(by_group) - mean.view(cases, groups, 1) * sums.view(by_group)) * (
+            deviation.view(cases, groups, 1)
+        )
+        ctx.book.add(ctx.layer.weight, ctx.book.mean(of_weight.view(cases, channels)))
+        ctx.book.add(ctx.layer.bias, ctx.book.mean(sums))
+        of_inputs = None
+        if ctx.needs_input_grad[2]:
+            of_inputs = torch.ops.aten.native_group_norm_backward(
+                outer, inputs, mean, deviation, weight, *ctx.sizes, [True, False, False]
+            )[0]
+        return None, None, of_inputs, None, None
+
+
+class _LayerNorm(Function):
+    @staticmethod
+    def forward(ctx: Any, layer: nn.LayerNorm, book: Book, inputs: Tensor, weight: Tensor) -> Tensor:
+        ctx.layer, ctx.book = layer, book
+        normed, mean, deviation = torch.native_layer_norm(
+            inputs, list(layer.normalized_shape), weight, layer.bias, layer.eps
+        )
+        ctx.save_for_backward(inputs, weight, mean, deviation)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        inputs, weight, mean, deviation = ctx.saved_tensors
+        layer, book = ctx.layer, ctx.book
+        shape = (len(inputs), -1, *layer.normalized_shape)
+        book.add(layer.weight, book.mean((outer * (inputs - mean) * deviation).reshape(shape).sum(dim=1)))
+        if layer.bias is not None:
+            book.add(layer.bias, book.mean(outer.reshape(shape).sum(dim=1)))
+        of_inputs = None
+        if ctx.needs_input_grad[2]:
+            of_inputs = torch.ops.aten.native_layer_norm_backward(
+                outer.contiguous(),
+                inputs,
+                list(layer.normalized_shape),
+                *(mean, deviation, weight, layer.bias, [True, False, False]),
+            )[0]
+        return None, None, of_inputs, None
+
+
+class _Embedding(Function):
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Embedding, book: Book, indices: Tensor, weight: Tensor) -> Tensor:
+        ctx.layer, ctx.book = layer, book
+        ctx.save_for_backward(indices)
+        return functional.embedding(indices, weight, layer.padding_idx)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        (indices,) = ctx.saved_tensors
+        layer, book = ctx.layer, ctx.book
+        width = outer.shape[-1]
+        flat = indices.reshape(len(indices), -1)
+        rows = outer.new_zeros(book.num_patients, layer.num_embeddings, width)
+        shared = outer.reshape(*flat.shape, width) * book.shares[:, None, None]
+        rows.index_put_((book.owners[:, None].expand_as(flat), flat), shared, accumulate=True)
+        if layer.padding_idx is not None:
+            rows[:, layer.padding_idx] = 0.0
+        book.add(layer.weight, Rows(rows))
+        return None, None, None, None
+
+
+class _Other(Function):
+    @staticmethod
+    def forward(ctx: Any, layer: nn.Module, book: Book, inputs: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.bare, ctx.book = _bare(layer), book
+        ctx.save_for_backward(inputs)
+        found: Tensor = ctx.bare(inputs)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        (inputs,) = ctx.saved_tensors
+        bare, book = ctx.bare, ctx.book
+        names, parameters = zip(*bare.named_parameters(recurse=False), strict=True)
+
+        def product(values: tuple[Tensor, ...], case: Tensor, of_case: Tensor) -> Tensor:
+            output = functional_call(bare, dict(zip(names, values, strict=True)), (case[None],))
+            product: Tensor = (output * of_case[None]).sum()
+            return product
+
+        detached = tuple(parameter.detach() for parameter in parameters)
+        with torch.enable_grad():
+            of_parameters, of_inputs = vmap(grad(product, argnums=(0, 1)), in_dims=(None, 0, 0))(
+                detached, inputs, outer
+            )
+        for parameter, by_case in zip(parameters, of_parameters, strict=True):
+            book.add(parameter, book.mean(by_case))
+        return None, None, of_inputs, *[None] * len(parameters)
+
+
+def _bare(layer: nn.Module) -> nn.Module:
+    """Returns the layer with its own forward and the same parameters."""
+    bare = copy.copy(layer)
+    bare.__dict__.pop("forward", None)
+    return bare
+
+
+def _linear(layer: nn.Linear, book: Book, inputs: Tensor) -> Tensor:
+    return _applied(_Linear, layer, book, inputs, layer.weight)
+
+
+def _convolution(layer: Any, book: Book, inputs: Tensor) -> Tensor:
+    padding, inputs = _padding(layer, inputs)
+    return _applied(_Convolution, layer, book, inputs, layer.weight, padding)
+
+
+def _transposed(layer: Any, book: Book, inputs: Tensor) -> Tensor:
+    return _applied(_Convolution, layer, book, inputs, layer.weight, layer.padding)
+
+
+def _group_norm(layer: nn.GroupNorm, book: Book, inputs: Tensor) -> Tensor:
+    return _applied(_GroupNorm, layer, book, inputs, layer.weight, layer.num_groups)
+
+
+def _instance_norm(layer: Any, book: Book, inputs: Tensor) -> Tensor:
+    return _applied(_GroupNorm, layer, book, inputs, layer.weight, layer.num_features)
+
+
+def _layer_norm(layer: nn.LayerNorm, book: Book, inputs: Tensor) -> Tensor:
+    return _applied(_LayerNorm, layer, book, inputs, layer.weight)
+
+
+def _embedding(layer: nn.Embedding, book: Book, indices: Tensor) -> Tensor:
+    if layer.max_norm is not None or layer.scale_grad_by_freq:
+        raise ValueError("expected an embedding without max_norm and scale_grad_by_freq: they mix patients")
+    return _applied(_Embedding, layer, book, indices, layer.weight)
+
+
+def _other(layer: nn.Module, book: Book, inputs: Tensor) -> Tensor:
+    return _applied(_Other, layer, book, inputs, *layer.parameters(recurse=False))
+
+
+def _applied(function: type[Function], *arguments: Any) -> Tensor:
+    found: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return found
+
+
+_FORWARDS: Final[dict[Any, Callable[..., Tensor]]] = {
+    nn.Linear: _linear,
+    **dict.fromkeys(_CONVOLUTIONS, _convolution),
+    **dict.fromkeys(_TRANSPOSED, _transposed),
+    nn.GroupNorm: _group_norm,
+    **dict.fromkeys(_INSTANCE_NORMS, _instance_norm),
+    nn.LayerNorm: _layer_norm,
+    nn.Embedding: _embedding,
+}
+
+
+def _padding(layer: Any, inputs: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    """Returns what the convolution pads by itself, and its input with all other padding."""
+    around = layer._reversed_padding_repeated_twice
+    none = (0,) * len(layer.kernel_size)
+    if layer.padding_mode != "zeros":
+        return none, functional.pad(inputs, around, mode=layer.padding_mode)
+    if not isinstance(layer.padding, str):
+        return layer.padding, inputs
+    before, after = around[::2], around[1::2]
+    if before == after:
+        return tuple(reversed(before)), inputs
+    return none, functional.pad(inputs, around)
+
+
+def _is_pointwise(layer: Any) -> bool:
+    """Says whether a convolution is a linear layer at each position."""
+    alone = all(size == 1 for size in (*layer.kernel_size, *layer.stride))
+    padded = layer.padding != "same" and any(layer.padding)
+    return alone and layer.groups == 1 and not layer.transposed and not padded
+
+
+def _fits(weight: Tensor, *, positions: int) -> bool:
+    """Says whether products are less work than the gradients themselves, as Bu et al. decide."""
+    return 2 * positions**2 <= weight.numel()
+
+
+def _smaller(products: Products) -> Contribution:
+    matrix = products.left.shape[1] * products.right.shape[1]
+    return products if 2 * products.left.shape[2] ** 2 <= matrix else Rows(products.rows())

@@ -1,0 +1,237 @@
+"""What book-keeping says of each patient is what autograd says, taken one patient at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from client.bookkeeping import BookKeeping, NotSupported
+from client.contribution import Products, Rows, clip_factors
+from client.training import Batch
+
+PRECISION = {torch.float64: 1e-5, torch.float32: 1e-4}
+
+
+def summed(outputs: Tensor, targets: Tensor) -> Tensor:
+    """A loss of each case that no layer makes trivial."""
+    return (outputs * targets).flatten(1).tanh().sum(dim=1)
+
+
+def batch_of(images: Tensor, targets: Tensor, cases: list[int]) -> Batch:
+    """``cases``: how many belong to each patient."""
+    owners = torch.repeat_interleave(torch.arange(len(cases)), torch.tensor(cases))
+    return Batch(
+        images=images,
+        values=torch.zeros(len(images), 0),
+        targets=targets,
+        owners=owners,
+        num_patients=len(cases),
+    )
+
+
+def one_by_one(network: nn.Module, batch: Batch, losses: Any = summed) -> list[Tensor]:
+    """The oracle: for each parameter (num_patients, *shape), by one ordinary backward pass a patient."""
+    by_patient = []
+    for patient in range(batch.num_patients):
+        own = batch.owners == patient
+        loss = losses(network(batch.images[own].clone()), batch.targets[own]).mean()
+        by_patient.append(
+            torch.autograd.grad(loss, list(network.parameters()), allow_unused=True, materialize_grads=True)
+        )
+    return [torch.stack(parts) for parts in zip(*by_patient, strict=True)]
+
+
+def require_equal(network: nn.Module, batch: Batch, losses: Any = summed) -> None:
+    """Rows, norms and weighted sums are those of the oracle."""
+    precision = PRECISION[next(network.parameters()).dtype]
+    expected = one_by_one(network, batch, losses)
+    keeping = BookKeeping(network)
+    found, _ = keeping.contributions(batch, losses)
+    keeping.detach()
+    weights = torch.linspace(0.1, 1.0, batch.num_patients, dtype=expected[0].dtype)
+    scale = max(float(rows.abs().max()) for rows in expected)
+    for one, rows in zip(found, expected, strict=True):
+        near = {"rtol": precision, "atol": precision * max(scale, 1e-3)}
+        torch.testing.assert_close(one.rows(), rows, **near)
+        torch.testing.assert_close(one.weighted_sum(weights), torch.tensordot(weights, rows, 1), **near)
+    norms = torch.stack([rows.reshape(len(rows), -1).square().sum(dim=1) for rows in expected]).sum(dim=0).sqrt()
+    told = torch.stack([one.squared_norms() for one in found]).sum(dim=0).sqrt()
+    torch.testing.assert_close(told, norms, rtol=precision, atol=precision)
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+NORMS = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
+    """A layer and the shape of one case."""
+    kind = draw(
+        st.sampled_from(["linear", "sequence", "convolution", "transposed", "group", "layer", "instance"])
+    )
+    dims = draw(st.integers(1, 3))
+    groups = draw(st.integers(1, 3))
+    width, widened = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    side = draw(st.integers(4, 6))
+    bias = draw(st.booleans())
+    match kind:
+        case "linear":
+            return nn.Linear(width, widened, bias=bias), (width,)
+        case "sequence":
+            return nn.Linear(width, widened, bias=bias), (side, width)
+        case "group":
+            return nn.GroupNorm(groups, width), (width, *[side] * dims)
+        case "layer":
+            return nn.LayerNorm((side, width), bias=bias), (3, side, width)
+        case "instance":
+            return NORMS[dims](width, affine=True), (width, *[side] * dims)
+    settings: dict[str, Any] = {
+        "kernel_size": draw(st.integers(1, 3)),
+        "stride": draw(st.integers(1, 2)),
+        "dilation": draw(st.integers(1, 2)),
+        "padding": draw(st.integers(0, 1)),
+        "groups": groups,
+        "bias": bias,
+    }
+    if kind == "transposed":
+        return TRANSPOSED[dims](width, widened, **settings), (width, *[side] * dims)
+    if draw(st.booleans()):
+        settings |= {"padding": draw(st.sampled_from(["same", "valid"])), "stride": 1}
+    settings["padding_mode"] = draw(st.sampled_from(["zeros", "circular"]))
+    return CONVOLUTIONS[dims](width, widened, **settings), (width, *[side] * dims)
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+@settings(max_examples=60, deadline=None)
+@given(
+    layer=layers(),
+    cases=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    is_first=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_every_patient_contributes_what_autograd_says(
+    dtype: torch.dtype,
+    layer: tuple[nn.Module, tuple[int, ...]],
+    cases: list[int],
+    is_first: bool,
+    seed: int,
+) -> None:
+    torch.manual_seed(seed)
+    module, shape = layer
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    network = nn.Sequential(module if is_first else nn.Sequential(_Scaled(), module)).to(dtype)
+    images = torch.randn(sum(cases), *shape, dtype=dtype)
+    targets = torch.randn_like(network(images))
+    require_equal(network, batch_of(images, targets, cases))
+
+
+class _Scaled(nn.Module):
+    """A layer of a kind that nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images * self.scale).sin()
+
+
+@pytest.mark.parametrize("cases", [[1, 1, 1], [2, 1, 3]])
+def test_an_embedding_is_counted_by_patient(cases: list[int]) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Embedding(5, 3, padding_idx=0), nn.Flatten(), nn.Linear(12, 2)).double()
+    words = torch.randint(0, 5, (sum(cases), 4))
+    targets = torch.randn(sum(cases), 2, dtype=torch.float64)
+    require_equal(network, batch_of(words, targets, cases))
+
+
+class _Residual(nn.Module):
+    """Adds in place to what a layer gave, and uses one layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 3, padding=1)
+        self.norm = nn.GroupNorm(3, 3)
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        seen: Tensor = self.norm(self.layer(images))
+        seen += images
+        seen = self.layer(seen.relu_())
+        seen += images
+        return seen
+
+
+@pytest.mark.parametrize("cases", [[1, 1, 1], [2, 1, 3]])
+def test_a_layer_used_twice_and_additions_in_place_are_counted_rightly(cases: list[int]) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), _Residual()).double()
+    images = torch.randn(sum(cases), 1, 6, 6, dtype=torch.float64)
+    require_equal(network, batch_of(images, torch.randn(sum(cases), 3, 6, 6).double(), cases))
+
+
+def test_a_module_with_parameters_beside_its_layers_is_refused_by_name() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own, self.layer = nn.Parameter(torch.zeros(1)), nn.Linear(1, 1)
+
+    with pytest.raises(NotSupported, match="Own"):
+        BookKeeping(Own())
+
+
+def test_detached_layers_have_their_own_forward_again() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.GroupNorm(1, 2))
+    BookKeeping(network).detach()
+    assert all("forward" not in layer.__dict__ for layer in network.modules())
+    network(torch.zeros(1, 2)).sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cases=st.lists(st.integers(1, 3), min_size=1, max_size=5),
+    positions=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([1e-3, 1.0, 1e4]),
+)
+def test_no_patient_of_products_is_longer_than_its_norm_says(
+    cases: list[int], positions: int, seed: int, scale: float
+) -> None:
+    """Also where cases cancel: norms of products are differences of large numbers then."""
+    torch.manual_seed(seed)
+    left = torch.randn(sum(cases), 4, positions) * scale
+    right = torch.randn(1, 5, positions).expand(sum(cases), -1, -1) + 1e-4 * torch.randn(
+        sum(cases), 5, positions
+    )
+    owners = torch.repeat_interleave(torch.arange(len(cases)), torch.tensor(cases))
+    first = torch.searchsorted(owners, torch.arange(len(cases)))
+    left[first] -= torch.zeros(len(cases), 4, positions).index_add_(0, owners, left)  # a patient's sum is 0
+    shares = (1.0 / torch.tensor(cases))[owners]
+    products = Products(left, right, torch.Size([4, 5]), owners, shares, len(cases))
+    told = products.squared_norms().sqrt()
+    for patient in range(len(cases)):
+        alone = products.weighted_sum(torch.eye(len(cases))[patient])
+        assert float(alone.norm()) <= float(told[patient]) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_patient_without_a_finite_gradient_counts_as_nothing_and_moves_no_other(bad: float) -> None:
+    owners, shares = torch.tensor([0, 1, 1, 2]), torch.tensor([1.0, 0.5, 0.5, 1.0])
+    left, right = torch.rand(4, 2, 1), torch.rand(4, 3, 1)
+    whole = Products(left.clone(), right, torch.Size([2, 3]), owners, shares, 3)
+    expected = whole.rows()
+    left[2, 0, 0] = bad
+    broken = Products(left, right, torch.Size([2, 3]), owners, shares, 3)
+    factors, kept = clip_factors([broken, Rows(torch.ones(3, 1))], bound=1e6)
+    assert factors.tolist() == [1.0, 0.0, 1.0]
+    torch.testing.assert_close(kept[0].weighted_sum(factors), expected[0] + expected[2])
+    assert kept[1].weighted_sum(factors).tolist() == [2.0]
