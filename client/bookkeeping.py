@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
 from client.contribution import Contribution, Products, Rows
-from client.training import Batch
+from client.training import Batch, case_losses, patient_means
 
 _CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -113,7 +113,7 @@ class BookKeeping:
             layer.__dict__.pop("forward", None)
 
     def contributions(
-        self, batch: Batch, losses: Callable[[Tensor, Tensor], Tensor]
+        self, batch: Batch, *, losses: Callable[[Tensor, Tensor], Tensor] = case_losses
     ) -> tuple[list[Contribution], Tensor]:
         """Runs one forward and one backward pass.
 
@@ -121,7 +121,7 @@ class BookKeeping:
             losses: (outputs, targets) -> the loss of each case, (cases,).
 
         Returns:
-            What the patients contribute to each parameter, in the network's order, and the losses by case.
+            What the patients contribute to each parameter, in the network's order, and their mean losses.
         """
         self._book = book = Book.of(batch, dtype=self._parameters[0].dtype)
         try:
@@ -129,7 +129,8 @@ class BookKeeping:
             by_case.sum().backward()  # type: ignore[no-untyped-call]
         finally:
             self._book = None
-        return [self._found(book, parameter) for parameter in self._parameters], by_case.detach()
+        found = [self._found(book, parameter) for parameter in self._parameters]
+        return found, patient_means(by_case.detach(), batch)
 
     def _found(self, book: Book, parameter: nn.Parameter) -> Contribution:
         """A parameter that had no part in the loss has a gradient of zero."""
@@ -235,7 +236,7 @@ class _GroupNorm(Function):
             inputs, weight, layer.bias, *ctx.sizes, layer.eps
         )
         ctx.save_for_backward(inputs, weight, mean, deviation)
-        return normed
+        return cast(Tensor, normed)
 
     @staticmethod
     @once_differentiable

@@ -1,20 +1,38 @@
-"""Clipped per-patient gradients with noise, by Opacus' hooks and optimizer."""
+"""Clipped and noised gradients, by Opacus' optimizer; ``privacy.clipping`` says how they are had."""
 
 from __future__ import annotations
 
-import warnings
+import logging
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.random import Generator
-from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
-from client.training import Batch, case_losses, patient_means
+from client.bookkeeping import BookKeeping, NotSupported
+from client.contribution import Contribution, clip_factors
+from client.hooked import ExpandedWeights, Ghost, Hooks
+from client.training import Batch
 from common.plan import DpSgd
+
+logger = logging.getLogger("feverfew.worker")
+
+Clipping = Literal["auto", "bookkeeping", "hooks", "ghost", "ew"]
+
+
+class PatientGradients(Protocol):
+    """Says what the patients of a batch contribute to the gradient of each parameter."""
+
+    def contributions(self, batch: Batch) -> tuple[list[Contribution], torch.Tensor]:
+        """Returns this in the order of the network's parameters, and the patients' mean losses."""
+        ...
+
+    def detach(self) -> None:
+        """Takes off the network what was put on it."""
+        ...
 
 
 class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
@@ -29,6 +47,12 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         """One: batches of a step are parts of one logical batch, divided by its expected size once."""
         return 1
 
+    def accumulate(self, sums: list[torch.Tensor]) -> None:
+        """Adds a batch's sums of clipped gradients, in the order of the parameters."""
+        for parameter, clipped in zip(self.params, sums, strict=True):
+            former = parameter.summed_grad
+            parameter.summed_grad = clipped if former is None else former + clipped
+
     def add_noise(self) -> None:
         """Writes the noised sum of clipped gradients to ``p.grad``; a sum of nobody is zero."""
         std = self.noise_multiplier * self.max_grad_norm
@@ -39,8 +63,33 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
                 parameter.grad += parameter.summed_grad.view_as(parameter)
 
 
+def patient_gradients(network: nn.Module, *, clipping: Clipping) -> PatientGradients:
+    """Returns the way to per-patient gradients that is asked for; "auto" is the fastest that is exact.
+
+    That is book-keeping, on every network that it knows all modules of; else Opacus' hooks.
+
+    Raises:
+        NotSupported: book-keeping is asked for, and does not know a module.
+    """
+    match clipping:
+        case "hooks":
+            return Hooks(network)
+        case "ew":
+            return ExpandedWeights(network)
+        case "ghost":
+            return Ghost(network)
+        case "bookkeeping":
+            return BookKeeping(network)
+    try:
+        found: PatientGradients = BookKeeping(network)
+    except NotSupported as reason:
+        logger.info("clipping by hooks: %s", reason)
+        return Hooks(network)
+    return found
+
+
 class PrivateGradient:
-    """Per-sample gradients from Opacus' hooks, averaged per patient, clipped once, noised.
+    """Gradients of patients, each averaged over the patient's cases, clipped once; their sum is noised.
 
     The noise of the released loss and that of the gradient are chosen so that both together cost what
     ``noise_multiplier`` says: 1/s_gradient^2 + 1/s_loss^2 = 1/noise_multiplier^2.
@@ -58,7 +107,7 @@ class PrivateGradient:
         gradient_multiplier, loss_multiplier = split_noise(
             noise_multiplier, loss_noise_ratio=privacy.loss_noise_ratio
         )
-        self._hooked = GradSampleModule(network, batch_first=True, loss_reduction="sum", strict=True)
+        self._gradients = patient_gradients(network, clipping=privacy.clipping)
         self._optimizer = PatientOptimizer(
             # Opacus takes the parameters from it and it never steps; a real one would import torch's compiler
             SimpleNamespace(param_groups=[{"params": list(network.parameters())}], defaults={}, state={}),
@@ -71,31 +120,23 @@ class PrivateGradient:
         self._noise = noise
         self._loss_std = loss_multiplier * privacy.loss_bound
         self._loss_bound = privacy.loss_bound
+        self._max_grad_norm = privacy.max_grad_norm
 
     def accumulate(self, batch: Batch) -> float:
-        rows, losses = self.patients(batch)
-        for parameter, row in zip(self._optimizer.params, finite_patients(rows), strict=True):
-            parameter.grad_sample = row
-        self._optimizer.clip_and_accumulate()
-        for parameter in self._optimizer.params:
-            parameter.grad_sample = None
+        contributions, losses = self.contributions(batch)
+        factors, contributions = clip_factors(contributions, bound=self._max_grad_norm)
+        self._optimizer.accumulate([one.weighted_sum(factors) for one in contributions])
         bounded = losses.nan_to_num(nan=self._loss_bound)
         return float(bounded.clamp(0, self._loss_bound).double().sum())
 
-    def patients(self, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def contributions(self, batch: Batch) -> tuple[list[Contribution], torch.Tensor]:
         """Returns what each patient contributes, before any of it is bounded.
 
         Returns:
-            For each parameter the patients' mean gradients, (num_patients, *parameter.shape), and the
-            patients' mean losses, (num_patients,); both float32.
+            For each parameter the patients' mean gradients, and the patients' mean losses, float32,
+            (num_patients,).
         """
-        losses = case_losses(self._hooked(*batch.inputs), batch.targets)
-        with warnings.catch_warnings():
-            # true of every first layer, since images need no gradient; the hooks need none of them either
-            warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-        rows = [patient_means(parameter.grad_sample, batch) for parameter in self._optimizer.params]
-        return rows, patient_means(losses.detach(), batch)
+        return self._gradients.contributions(batch)
 
     def finish(self) -> float:
         self._optimizer.add_noise()
@@ -105,18 +146,7 @@ class PrivateGradient:
         return float(self._noise.standard_normal()) * self._loss_std
 
     def close(self) -> None:
-        self._hooked.to_standard_module()
-
-
-def finite_patients(rows: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Sets the gradient of a patient to zero where any of it is not finite; it could not be clipped.
-
-    Other patients are not changed, so the sensitivity of the sum stays the clipping bound.
-    """
-    finite = torch.stack([row.reshape(len(row), -1).isfinite().all(dim=1) for row in rows]).all(dim=0)
-    if bool(finite.all()):
-        return rows
-    return [torch.where(finite.reshape(-1, *[1] * (row.dim() - 1)), row, 0.0) for row in rows]
+        self._gradients.detach()
 
 
 def split_noise(noise_multiplier: float, *, loss_noise_ratio: float) -> tuple[float, float]:

@@ -101,6 +101,7 @@ class DpSgd(Value):
     max_grad_norm: Positive
     loss_bound: Positive
     loss_noise_ratio: Annotated[float, Field(ge=1, le=1000)]
+    clipping: Literal["auto", "bookkeeping", "hooks", "ghost", "ew"]
 
     @model_validator(mode="after")
     def _one_of_target_and_multiplier(self) -> Self:
@@ -166,6 +167,7 @@ class Plan(Asked):
         self._evaluation_has_effect()
         self._landmarks_fit()
         self._augmentation_fits()
+        self._clipping_is_exact()
         if self.model.name == "article_cnn":
             self._article_cnn_fits()
         self._model_fits_the_target()
@@ -218,6 +220,14 @@ class Plan(Asked):
             raise ValueError(
                 f"expected flip_axes below {dimensions}, for so many axes has preprocessing.size, found "
                 f"{list(asked.flip_axes)}"
+            )
+
+    def _clipping_is_exact(self) -> None:
+        clips_cases = self.privacy.mechanism == "dp_sgd" and self.privacy.clipping == "ghost"
+        if clips_cases and (self.training.cases_per_patient > 1 or self.training.augmentation is not None):
+            raise ValueError(
+                "privacy.clipping=ghost clips cases, not patients: expected training.cases_per_patient=1 and "
+                "no augmentation; or choose privacy.clipping=auto"
             )
 
     def _article_cnn_fits(self) -> None:

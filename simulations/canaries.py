@@ -20,6 +20,7 @@ from torch import nn
 from client import clinical
 from client.clipping import PrivateGradient
 from client.cohort import Part
+from client.contribution import Contribution, Rows
 from client.noise import Key
 from client.training import Batch
 
@@ -92,18 +93,20 @@ class CanaryGradient(PrivateGradient):
         self._shapes = [parameter.shape for parameter in network.parameters()]
         self._length = LENGTH_OVER_BOUND * settings["privacy"].max_grad_norm
 
-    def patients(self, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def contributions(self, batch: Batch) -> tuple[list[Contribution], torch.Tensor]:
         is_canary = batch.targets >= self._canaries.first_label
+        if not bool(is_canary.any()):
+            return super().contributions(batch)
         rows = [torch.zeros((batch.num_patients, *shape)) for shape in self._shapes]
         losses = torch.zeros(batch.num_patients)
         if not bool(is_canary.all()):
             present, own = _without(batch, is_canary)
-            found, losses[present] = super().patients(own)
+            found, losses[present] = super().contributions(own)
             for row, real in zip(rows, found, strict=True):
-                row[present] = real
+                row[present] = real.rows()
         numbers = batch.targets[is_canary].numpy() - self._canaries.first_label
         self._put(rows, batch.owners[is_canary].numpy(), self._canaries.coordinates[numbers])
-        return rows, losses
+        return [Rows(row) for row in rows], losses
 
     def _put(
         self, rows: list[torch.Tensor], owners: NDArray[np.int64], coordinates: NDArray[np.int64]

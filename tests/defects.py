@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 
+from client.contribution import Contribution, Rows
 from client.training import Batch, Cases
 from simulations.canaries import CanaryGradient
 from simulations.checks import Silence
@@ -29,9 +30,10 @@ class Scaled:
 class ClippedAfterAveraging(CanaryGradient):
     """Clips the mean over the batch, as one does against exploding gradients: every patient stands for it."""
 
-    def patients(self, batch: Batch) -> tuple[list[torch.Tensor], torch.Tensor]:
-        rows, losses = super().patients(batch)
-        return [row.mean(dim=0, keepdim=True).expand_as(row).contiguous() for row in rows], losses
+    def contributions(self, batch: Batch) -> tuple[list[Contribution], torch.Tensor]:
+        found, losses = super().contributions(batch)
+        rows = [one.rows() for one in found]
+        return [Rows(row.mean(dim=0, keepdim=True).expand_as(row).contiguous()) for row in rows], losses
 
 
 class ImagesClippedApart(CanaryGradient):

@@ -26,7 +26,13 @@ ALLOWED = {
 ONLY_IN = {
     "hydra": {"common/config.py", "simulations/run.py", "server/__main__.py", "client/__main__.py"},
     "omegaconf": {"common/config.py", "simulations/run.py", "server/__main__.py", "client/__main__.py"},
-    "opacus": {"client/training.py", "client/clipping.py", "common/model.py", "common/privacy.py"},
+    "opacus": {
+        "client/training.py",
+        "client/clipping.py",
+        "client/hooked.py",
+        "common/model.py",
+        "common/privacy.py",
+    },
     "pydicom": {
         "client/dicom.py",
         "client/series.py",

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from client.bookkeeping import BookKeeping, NotSupported
 from client.contribution import Products, Rows, clip_factors
-from client.training import Batch
+from client.training import Batch, case_losses
+from common import model
+from tests.plans import plan
+from tests.test_common_model import PARAMS, images_of, targets_of
 
 PRECISION = {torch.float64: 1e-5, torch.float32: 1e-4}
 
@@ -51,7 +54,7 @@ def require_equal(network: nn.Module, batch: Batch, losses: Any = summed) -> Non
     precision = PRECISION[next(network.parameters()).dtype]
     expected = one_by_one(network, batch, losses)
     keeping = BookKeeping(network)
-    found, _ = keeping.contributions(batch, losses)
+    found, _ = keeping.contributions(batch, losses=losses)
     keeping.detach()
     weights = torch.linspace(0.1, 1.0, batch.num_patients, dtype=expected[0].dtype)
     scale = max(float(rows.abs().max()) for rows in expected)
@@ -59,7 +62,9 @@ def require_equal(network: nn.Module, batch: Batch, losses: Any = summed) -> Non
         near = {"rtol": precision, "atol": precision * max(scale, 1e-3)}
         torch.testing.assert_close(one.rows(), rows, **near)
         torch.testing.assert_close(one.weighted_sum(weights), torch.tensordot(weights, rows, 1), **near)
-    norms = torch.stack([rows.reshape(len(rows), -1).square().sum(dim=1) for rows in expected]).sum(dim=0).sqrt()
+    norms = (
+        torch.stack([rows.reshape(len(rows), -1).square().sum(dim=1) for rows in expected]).sum(dim=0).sqrt()
+    )
     told = torch.stack([one.squared_norms() for one in found]).sum(dim=0).sqrt()
     torch.testing.assert_close(told, norms, rtol=precision, atol=precision)
     assert all(parameter.grad is None for parameter in network.parameters())
@@ -176,6 +181,16 @@ def test_a_layer_used_twice_and_additions_in_place_are_counted_rightly(cases: li
     network = nn.Sequential(nn.Conv2d(1, 3, 3, padding=1), _Residual()).double()
     images = torch.randn(sum(cases), 1, 6, 6, dtype=torch.float64)
     require_equal(network, batch_of(images, torch.randn(sum(cases), 3, 6, 6).double(), cases))
+
+
+@pytest.mark.parametrize("cases", [[1, 1, 1], [2, 1]])
+@pytest.mark.parametrize("changes", PARAMS)
+def test_every_network_of_conf_is_known_and_exact(changes: dict[str, Any], cases: list[int]) -> None:
+    asked = plan(**changes)
+    network = model.build(asked).double()
+    images = images_of(asked, num_cases=3).double()
+    targets = torch.from_numpy(targets_of(asked, num_cases=3))
+    require_equal(network, batch_of(images, targets, cases), case_losses)
 
 
 def test_a_module_with_parameters_beside_its_layers_is_refused_by_name() -> None:

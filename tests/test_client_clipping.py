@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from client.clipping import PrivateGradient, finite_patients, split_noise
+from client.clipping import Clipping, PrivateGradient, split_noise
 from client.noise import Key
 from client.training import Batch
 from common.plan import DpSgd
 from common.privacy import Spend, epsilon
 
 KEY = Key(secret=bytes(range(32)))
+WAYS: tuple[Clipping, ...] = ("bookkeeping", "hooks", "ghost", "ew")
 
 
 def private_gradient(
@@ -28,6 +29,7 @@ def private_gradient(
     loss_bound: float = 2.0,
     loss_noise_ratio: float = 10.0,
     expected_batch: int = 1,
+    clipping: Clipping = "auto",
 ) -> PrivateGradient:
     privacy = DpSgd(
         mechanism="dp_sgd",
@@ -39,6 +41,7 @@ def private_gradient(
         max_grad_norm=max_grad_norm,
         loss_bound=loss_bound,
         loss_noise_ratio=loss_noise_ratio,
+        clipping=clipping,
     )
     return PrivateGradient(
         network,
@@ -73,37 +76,41 @@ def written(network: nn.Module) -> list[float]:
     return torch.cat([gradient.reshape(-1) for gradient in gradients if gradient is not None]).tolist()
 
 
-def test_gradient_of_a_linear_network_is_its_closed_form() -> None:
+@pytest.mark.parametrize("clipping", WAYS)
+def test_gradient_of_a_linear_network_is_its_closed_form(clipping: Clipping) -> None:
     network = linear()
-    gradient = private_gradient(network, max_grad_norm=100.0, expected_batch=4)
+    gradient = private_gradient(network, clipping=clipping, max_grad_norm=100.0, expected_batch=4)
     gradient.accumulate(batch_of([[3.0, 4.0], [1.0, -2.0]], [1, 0], [0, 1]))
     gradient.finish()
     expected = [(-0.5 * 3 + 0.5 * 1) / 4, (-0.5 * 4 + 0.5 * -2) / 4, 0.0]
     assert written(network) == pytest.approx(expected, abs=1e-6)
 
 
-def test_gradient_over_the_bound_is_scaled_to_it_as_a_whole() -> None:
+@pytest.mark.parametrize("clipping", WAYS)
+def test_gradient_over_the_bound_is_scaled_to_it_as_a_whole(clipping: Clipping) -> None:
     """Weight and bias together: (-1.5, -2, -0.5) has the norm sqrt(6.5)."""
     network = linear()
-    gradient = private_gradient(network, max_grad_norm=0.1)
+    gradient = private_gradient(network, clipping=clipping, max_grad_norm=0.1)
     gradient.accumulate(batch_of([[3.0, 4.0]], [1], [0]))
     gradient.finish()
     expected = [0.1 * part / math.sqrt(6.5) for part in (-1.5, -2.0, -0.5)]
     assert written(network) == pytest.approx(expected, rel=1e-5)
 
 
-def test_cases_of_a_patient_are_averaged_before_they_are_clipped() -> None:
+@pytest.mark.parametrize("clipping", ["bookkeeping", "hooks", "ew"])
+def test_cases_of_a_patient_are_averaged_before_they_are_clipped(clipping: Clipping) -> None:
     """Opposite cases of one patient cancel; clipped one by one, they would not."""
     network = linear()
-    gradient = private_gradient(network, max_grad_norm=0.1)
+    gradient = private_gradient(network, clipping=clipping, max_grad_norm=0.1)
     gradient.accumulate(batch_of([[3.0, 0.0], [1.0, 0.0]], [1, 0], [0, 0]))
     gradient.finish()
     assert written(network) == pytest.approx([-0.1, 0.0, 0.0], abs=1e-6), "the mean is (-0.5, 0, 0)"
 
 
-def test_batches_of_a_step_add_up_and_the_next_step_begins_at_zero() -> None:
+@pytest.mark.parametrize("clipping", WAYS)
+def test_batches_of_a_step_add_up_and_the_next_step_begins_at_zero(clipping: Clipping) -> None:
     network = linear()
-    gradient = private_gradient(network, max_grad_norm=100.0)
+    gradient = private_gradient(network, clipping=clipping, max_grad_norm=100.0)
     for row in ([1.0, 0.0], [0.0, 2.0]):
         gradient.accumulate(batch_of([row], [1], [0]))
     gradient.finish()
@@ -148,23 +155,68 @@ def test_loss_is_averaged_per_patient_and_bounded() -> None:
     assert told == pytest.approx(2.0 + losses[2], rel=1e-6)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_patient_without_a_finite_gradient_counts_as_nothing(bad: float) -> None:
-    rows = [torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([[[7.0]], [[bad]], [[9.0]]])]
-    first, second = finite_patients(rows)
-    assert first.tolist() == [[1.0, 2.0], [0.0, 0.0], [5.0, 6.0]], "zero in every parameter"
-    assert second.tolist() == [[[7.0]], [[0.0]], [[9.0]]]
+def convolutional() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 4, 1)),
+        *(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(16, 1)),
+    )
 
 
-def test_finite_gradients_are_left_as_they_are() -> None:
-    rows = [torch.rand(3, 2, 2)]
-    assert finite_patients(rows)[0] is rows[0]
+def images_of(images: torch.Tensor, owners: list[int]) -> Batch:
+    targets = torch.arange(len(images)) % 2
+    values = torch.zeros(len(images), 0)
+    return Batch(
+        images=images,
+        values=values,
+        targets=targets,
+        owners=torch.tensor(owners),
+        num_patients=max(owners) + 1,
+    )
 
 
-def test_gradient_too_long_for_its_own_norm_still_moves_by_the_bound_at_most() -> None:
+def gradient_of(network: nn.Module, batch: Batch, *, clipping: Clipping) -> npt.NDArray[Any]:
+    gradient = private_gradient(network, max_grad_norm=0.05, clipping=clipping)
+    gradient.accumulate(batch)
+    gradient.finish()
+    gradient.close()
+    return np.array(written(network))
+
+
+def test_all_ways_to_clip_give_one_gradient() -> None:
+    images = torch.rand(5, 1, 8, 8)
+    single, several = list(range(5)), [0, 0, 1, 2, 2]
+    ways: list[tuple[Clipping, list[int]]] = [(way, single) for way in WAYS]
+    ways += [("bookkeeping", several), ("hooks", several), ("ew", several)]
+    found = {
+        (way, len(set(owners))): gradient_of(convolutional(), images_of(images, owners), clipping=way)
+        for way, owners in ways
+    }
+    for (way, number), gradient in found.items():
+        np.testing.assert_allclose(gradient, found["hooks", number], rtol=1e-4, atol=1e-6, err_msg=way)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("clipping", WAYS)
+def test_patient_without_a_finite_gradient_counts_as_nothing(clipping: Clipping, bad: float) -> None:
+    images = torch.rand(3, 1, 8, 8)
+    expected = gradient_of(convolutional(), images_of(images[[0, 2]], [0, 1]), clipping=clipping)
+    images[1, 0, 3, 3] = bad
+    batch = images_of(images, [0, 1, 2])
+    others = images_of(images[[0, 2]], [0, 1])
+    batch.targets[[0, 2]] = others.targets
+    found = gradient_of(convolutional(), batch, clipping=clipping)
+    if math.isfinite(bad):
+        assert np.linalg.norm(found - expected) <= 0.05 * (1 + 1e-5)
+    else:
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("clipping", WAYS)
+def test_gradient_too_long_for_its_own_norm_still_moves_by_the_bound_at_most(clipping: Clipping) -> None:
     """Its norm overflows, though every element is finite."""
     network = linear()
-    gradient = private_gradient(network, max_grad_norm=1.0)
+    gradient = private_gradient(network, clipping=clipping, max_grad_norm=1.0)
     gradient.accumulate(batch_of([[3e38, 3e38], [1.0, 0.0]], [1, 1], [0, 1]))
     gradient.finish()
     gradients = np.array(written(network))
@@ -230,14 +282,15 @@ def test_noise_of_parameters_steps_and_loss_is_uncorrelated() -> None:
     assert np.abs(correlations).max() < 4.5 / math.sqrt(4000)
 
 
-def test_closing_takes_everything_off_the_network() -> None:
+@pytest.mark.parametrize("clipping", WAYS)
+def test_closing_takes_everything_off_the_network(clipping: Clipping) -> None:
     network = linear()
-    gradient = private_gradient(network)
+    gradient = private_gradient(network, clipping=clipping)
     gradient.accumulate(batch_of([[1.0, 1.0]], [1], [0]))
     gradient.finish()
     gradient.close()
     assert not network._forward_hooks and not network._backward_hooks
-    again = private_gradient(network, max_grad_norm=100.0)
+    again = private_gradient(network, clipping=clipping, max_grad_norm=100.0)
     again.accumulate(batch_of([[1.0, 0.0]], [1], [0]))
     again.finish()
     assert written(network) == pytest.approx([-0.5, 0.0, -0.5], abs=1e-6)

@@ -63,9 +63,9 @@ def rows(asked: object, batch: Batch) -> list[torch.Tensor]:
         expected_batch=3,
         noise=np.random.default_rng(0),
     )
-    found, _ = gradient.patients(batch)
+    found, _ = gradient.contributions(batch)
     gradient.close()
-    return [row.clone() for row in found]
+    return [one.rows() for one in found]
 
 
 def test_network_without_a_linear_head_has_nothing_to_join_before() -> None:

@@ -41,6 +41,7 @@ DP_SGD = {
     "max_grad_norm": 1.0,
     "loss_bound": 2.0,
     "loss_noise_ratio": 8.0,
+    "clipping": "auto",
 }
 
 

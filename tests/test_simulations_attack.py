@@ -134,7 +134,7 @@ def test_canary_moves_its_own_coordinate_by_the_clipping_bound_and_nothing_else(
 def test_canaries_and_patients_are_drawn_clipped_and_noised_by_the_products_own_code() -> None:
     """The gradient function changes what a patient's gradient is before the clip, and nothing after it."""
     own = {name for name in vars(CanaryGradient) if not name.startswith("_")}
-    assert own == {"patients"}
+    assert own == {"contributions"}
     assert vars(PRODUCT)["sampler"].__module__ == "client.training"
 
 
