@@ -24,7 +24,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from client import rest, trail
 from client.access import Access
 from client.fleet import Fleet, Task, without_superseded
-from client.patience import MAX_RETRY_SECONDS, is_temporary, persist, reason
+from client.patience import MAX_RETRY_SECONDS, Outage, is_temporary, persist, reason
 from client.site import Site
 from client.vitals import Vitals
 from client.worker import DEFAULT_APP, WORKER_DIED, Worker, forkserver
@@ -86,6 +86,7 @@ class Agent:
     _configs: dict[int, dict[str, str]] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
     _lost: threading.Event = field(default_factory=threading.Event)
+    _outage: Outage = field(default_factory=Outage)
     _node_id: int = 0
 
     def run(self) -> None:
@@ -171,7 +172,9 @@ class Agent:
         try:
             while (task := self.fleet.receive()) is not None:
                 tasks.append(task)
-        except httpx.ConnectError:
+            self._outage.end()
+        except httpx.ConnectError as error:
+            self._outage.note(error)
             self._stop.wait(MAX_PAUSE_SECONDS)  # nothing was sent, so nothing is lost
         except httpx.TransportError as error:
             logger.warning("an answer of the coordinator was lost (%s), a task perhaps", reason(error))
@@ -369,10 +372,10 @@ def open_agent(site: Site, *, app: str = DEFAULT_APP) -> Agent:
     """Returns the agent of a site, with its key, its coordinator and a worker for the ClientApp.
 
     Raises:
-        UserError: the site has no coordinator yet, its certificate has expired, or its key is missing or open
-            to others.
+        UserError: the site has no coordinator yet, its certificate has expired, its key is missing or open
+            to others, or its proxy cannot be used.
     """
-    access = Access(site.directory)
+    access = Access(site.directory, proxy=site.settings.proxy)
     log = site.state.resolve() / "agent.log"
     gigabytes = site.settings.max_memory_gigabytes
     worker = Worker(

@@ -42,6 +42,7 @@ class Upstream:
     seen: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     status: int = 200
     nodes: dict[bytes, int] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -53,7 +54,8 @@ class Upstream:
         else:
             self.seen.append((request.url.path, dict(request.headers), body))
         media_type = "application/x-protobuf"
-        response = Response(answer, status_code=self.status, media_type=media_type, headers={"x-more": "1"})
+        headers = {"x-more": "1"} | self.headers
+        response = Response(answer, status_code=self.status, media_type=media_type, headers=headers)
         await response(scope, receive, send)
 
 
