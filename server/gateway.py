@@ -11,7 +11,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import httpx
 import uvicorn
@@ -29,6 +29,7 @@ from server.home import Home, open_home
 from server.nodes import Nodes
 from server.peer import Peer
 from server.refusals import Refusals
+from server.traffic import TELL_SECONDS, Traffic
 
 logger = logging.getLogger("feverfew.gateway")
 
@@ -51,6 +52,7 @@ class Gateway:
         hall: who is connected, and what was refused.
         upstream: asks the SuperLink.
         close: called at the end.
+        tell: told every second what was passed and refused.
     """
 
     def __init__(
@@ -60,22 +62,24 @@ class Gateway:
         hall: Hall,
         upstream: httpx.AsyncClient,
         close: Callable[[], None],
+        tell: Callable[[Traffic], None],
     ) -> None:
         self._admission = admission
         self._hall = hall
         self._upstream = upstream
         self._close = close
+        self._tell = tell
         self._passed = 0
 
     @property
-    def figures(self) -> dict[str, Any]:
-        """What happened since the start, for JSON: requests passed, refusals by reason, sites connected."""
-        return {
-            "passed": self._passed,
-            "refused": dict(self._hall.refusals.counts),
-            "connections": self._hall.present.total(),
-            "sites": len(self._hall.present),
-        }
+    def traffic(self) -> Traffic:
+        """What happened since the start."""
+        return Traffic(
+            passed=self._passed,
+            refused=dict(self._hall.refusals.counts),
+            connections=self._hall.present.total(),
+            sites=len(self._hall.present),
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -92,10 +96,18 @@ class Gateway:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         await send({"type": "lifespan.startup.complete"})
+        telling = asyncio.create_task(self._keep_telling())
         await receive()
+        telling.cancel()
+        self._tell(self.traffic)
         await self._upstream.aclose()
         self._close()
         await send({"type": "lifespan.shutdown.complete"})
+
+    async def _keep_telling(self) -> None:
+        while True:
+            self._tell(self.traffic)
+            await asyncio.sleep(TELL_SECONDS)
 
     async def _respond(self, request: Request, peer: Peer) -> Response:
         scope = request.scope
@@ -166,6 +178,7 @@ def build(home: Home) -> uvicorn.Server:
         hall=hall,
         upstream=upstream,
         close=marks.close,
+        tell=lambda traffic: traffic.write(home.traffic),
     )
     config = uvicorn.Config(
         gateway,

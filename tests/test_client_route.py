@@ -173,9 +173,9 @@ def test_a_proxy_that_is_not_there_is_named(world: World) -> None:
 def test_a_gateway_that_is_not_reached_straight_makes_check_think_of_a_proxy(tmp_path: Path) -> None:
     refused = httpx.ConnectError("[Errno 111] Connection refused")
     assert reason(refused) == "ConnectError"
-    with client_of(tmp_path, port=free_port()) as client:
-        with pytest.raises(Barred, match="If this network needs a proxy"):
-            client.get("/")
+    told = pytest.raises(Barred, match="If this network needs a proxy")
+    with client_of(tmp_path, port=free_port()) as client, told:
+        client.get("/")
 
 
 def client_of(directory: Path, *, port: int) -> httpx.Client:
@@ -232,9 +232,9 @@ def test_nothing_is_ever_sent_to_who_breaks_tls_open_and_the_agent_goes_on(
 
 def test_tls_that_is_broken_open_without_a_proxy_is_found_too(tmp_path: Path) -> None:
     context, _ = server_context(tmp_path / "inspector")
-    with listening(lambda end: shake(context, end)) as port, client_of(tmp_path, port=port) as client:
-        with pytest.raises(Barred, match=f"issued by 'CN={ISSUER}'"):
-            client.get("/")
+    told = pytest.raises(Barred, match=f"issued by 'CN={ISSUER}'")
+    with listening(lambda end: shake(context, end)) as port, client_of(tmp_path, port=port) as client, told:
+        client.get("/")
 
 
 def shake(context: ssl.SSLContext, end: socket.socket) -> None:
@@ -249,9 +249,8 @@ def listening(serve: Callable[[socket.socket], object]) -> Iterator[int]:
     server = socket.create_server(("127.0.0.1", 0))
 
     def quietly(end: socket.socket) -> None:
-        with end:
-            with suppress(OSError):
-                serve(end)
+        with end, suppress(OSError):
+            serve(end)
 
     def accept() -> None:
         with suppress(OSError):
