@@ -37,8 +37,7 @@ class Task:
     @property
     def server_round(self) -> int:
         """The round; 0 where the server's group is none."""
-        group = self.head.metadata.group_id
-        return int(group) if group.isdecimal() and len(group) < 16 else 0
+        return flower.round_of(self.head)
 
 
 def without_superseded(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:

@@ -145,6 +145,7 @@ __all__ = [
     "push_objects",
     "refusal_text",
     "remove_content_from_message",
+    "round_of",
     "run_from_proto",
     "set_identity",
     "shorten_backoff",
@@ -199,6 +200,12 @@ def assign_id(message: Message) -> str:
     """Gives a message its id, the hash of its content, which replies to it will carry; returns it."""
     message.metadata.__dict__["_message_id"] = message.object_id
     return str(message.object_id)
+
+
+def round_of(message: Message) -> int:
+    """Returns the round that a message belongs to; 0 where its group is none."""
+    group = message.metadata.group_id
+    return int(group) if group.isdecimal() and len(group) < 16 else 0
 
 
 def shorten_backoff() -> None:

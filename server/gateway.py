@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from common import flower
+from common import flower, logline
 from server import admission
 from server.admission import Admission, Denial, admit
 from server.connection import Connection, Hall, require_certificates
@@ -122,7 +123,8 @@ class Gateway:
                 self._passed += 1
                 return await self._forward(target.decode("ascii"), request, body)
             body = denial
-        self._hall.refusals.note(body.reason, who=peer.name, what=ascii(target[:200]))
+        with logline.about(site=peer.name):
+            self._hall.refusals.note(body.reason, who=peer.name, what=ascii(target[:200]))
         # The connection is closed, so that what is left of a body is not taken for a request.
         closing = {"connection": "close"}
         if not body.detail:
@@ -197,6 +199,7 @@ def build(home: Home) -> uvicorn.Server:
         proxy_headers=False,
         access_log=False,
         log_level="warning",
+        log_config=None,  # its lines are like ours
     )
     config.load()
     assert config.ssl is not None
@@ -211,8 +214,8 @@ def registered(home: Home) -> Mapping[bytes, int]:
 
 
 def main() -> None:
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    form: logline.Format = "json" if os.environ.get(logline.VARIABLE) == "json" else "text"
+    logline.start("gateway", form=form, output=sys.stdout)
     build(open_home(Path(sys.argv[1]))).run()
 
 

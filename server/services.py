@@ -14,6 +14,8 @@ from typing import Final
 
 import httpx
 
+from common import logline
+from common.logline import Format
 from server.home import LOOPBACK, Home
 
 TASK_POLL_SECONDS: Final = 0.25
@@ -69,7 +71,7 @@ def services(home: Home) -> tuple[Service, ...]:
     )
 
 
-def environment(home: Home) -> dict[str, str]:
+def environment(home: Home, *, log_format: Format) -> dict[str, str]:
     """Returns the environment of the coordinator's processes: nothing is asked of the internet.
 
     They speak with each other over loopback only, where a proxy has no place, whatever names one.
@@ -87,6 +89,7 @@ def environment(home: Home) -> dict[str, str]:
         RUN_DIRECTORY: str(home.runs / "{run}"),
         HEADS_DIRECTORY: str(home.heads),
         TRAIL_KEY: str(home.trail_key),
+        logline.VARIABLE: log_format,
     }
 
 

@@ -20,7 +20,7 @@ def test_the_superlink_is_started_so_that_it_serves_nobody_but_us(tmp_path: Path
         assert command[command.index(option) + 1] == value
     for option in ("--enable-supernode-auth", "--disable-runtime-dependency-installation", "--ssl-keyfile"):
         assert option in command
-    environment = services.environment(home)
+    environment = services.environment(home, log_format="text")
     assert environment["FLWR_TELEMETRY_ENABLED"] == "0" and environment["FLWR_DISABLE_UPDATE_CHECK"] == "1"
     assert environment["PATH"].startswith(str(Path(sys.executable).parent))
     assert environment[services.RUN_DIRECTORY].replace("{run}", "r") == str(home.runs / "r")
@@ -39,6 +39,6 @@ def test_a_proxy_of_the_environment_has_no_place_within_the_coordinator(
         monkeypatch.setenv("no_proxy", "example.org")  # in small letters it would win over ours
         with home.control() as control:
             assert [node.node_id for node in control.nodes()] == [7]
-        found = services.environment(home)
+        found = services.environment(home, log_format="text")
     assert proxy.targets == []
     assert {name: found[name] for name in found if "proxy" in name.lower()} == {"NO_PROXY": "*"}
