@@ -18,8 +18,6 @@ from typing import Any
 
 import pytest
 
-from client import log, skeleton
-from client.site import Site, open_site
 from common import logline
 from common.command import exit_code
 from common.errors import UserError
@@ -183,21 +181,6 @@ def test_an_error_of_a_command_goes_to_who_is_to_be_told() -> None:
 
     told: list[str] = []
     assert exit_code(fail, command="c", tell=told.append) == 2 and told == ["c: Expected it."]
-
-
-@pytest.fixture
-def site(tmp_path: Path) -> Site:
-    skeleton.complete(tmp_path / "north", name="north", nominal_patients=100)
-    return open_site(tmp_path / "north")
-
-
-def test_what_a_library_writes_at_a_site_is_kept_apart_and_not_repeated(site: Site) -> None:
-    wrap = log.kept_apart(site)
-    (line,) = parsed(wrap(f"UserWarning: Invalid value for VR PN: {SECRET!r}"))
-    assert SECRET not in json.dumps(line) and line["site"] == "north" and "errors.log" in line["message"]
-    kept = site.private / "errors.log"
-    assert SECRET in kept.read_text() and kept.stat().st_mode & 0o077 == 0
-    assert wrap(json.dumps(line)) == json.dumps(line)
 
 
 def test_a_line_tells_when_it_was_written() -> None:
