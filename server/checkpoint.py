@@ -20,6 +20,7 @@ from common.errors import StateError
 from common.exchange import Prepared
 from common.model import FlatArray
 
+_TENSORS = ("parameters", "velocity")
 _KEPT = 2  # if the newest is damaged, the one before still is there
 
 
@@ -71,6 +72,7 @@ class Attendance:
 class RunState:
     """The state of a run after ``server_round`` rounds. parameters: float32, (num_parameters,).
 
+    ``velocity``: what ``strategy.server_momentum`` has gathered, as ``parameters``; None where there is none.
     ``waiting_since``: the sites that wait for a person's approval, and when they said so first (UTC).
     """
 
@@ -85,6 +87,7 @@ class RunState:
     sites: dict[str, Prepared] = field(default_factory=dict)
     attendance: dict[str, Attendance] = field(default_factory=dict)
     waiting_since: dict[str, str] = field(default_factory=dict)
+    velocity: FlatArray | None = None
 
 
 def save_state(directory: Path, state: RunState) -> None:
@@ -93,8 +96,9 @@ def save_state(directory: Path, state: RunState) -> None:
     temporary = directory / f".{state.server_round:06d}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    parameters = save({"parameters": state.parameters})
-    tree = {name: value for name, value in asdict(state).items() if name != "parameters"}
+    tensors = {name: getattr(state, name) for name in _TENSORS if getattr(state, name) is not None}
+    parameters = save(tensors)
+    tree = {name: value for name, value in asdict(state).items() if name not in _TENSORS}
     tree["sha256"] = checksum(tree, parameters=parameters)
     _write(temporary / "parameters.safetensors", parameters)
     _write(temporary / "state.json", json.dumps(tree, allow_nan=False).encode())
@@ -148,7 +152,8 @@ def _load(path: Path) -> RunState | None:
         if tree.pop("sha256") != checksum(tree, parameters=data):
             return None
         datetime.fromisoformat(tree["started"])
-        tree["parameters"] = load(data)["parameters"]
+        tensors = load(data)
+        tree |= {"parameters": tensors["parameters"], "velocity": tensors.get("velocity")}
         return TypeAdapter(RunState).validate_python(tree)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
