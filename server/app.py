@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from safetensors.numpy import save
 
-from common import durable, model
+from common import durable, logline, model
 from common.errors import FeverfewError, QuorumNotReached
 from common.flower import bound_messages, shorten_backoff
 from common.plan import Plan
@@ -41,6 +42,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs the plan of the run config; a run that was interrupted goes on from its last checkpoint."""
     shorten_backoff()
+    if os.environ.get(logline.VARIABLE) == "json":
+        logline.start_ours("serverapp", output=sys.stdout)
     plan = Plan.from_json(str(context.run_config["plan"]))
     run = str(context.run_config["run"])
     record = RunRecord(directory=run_directory(run))
@@ -51,7 +54,11 @@ def main(grid: Grid, context: Context) -> None:
     largest = max(MIN_REPLY_BYTES, 12 * model.num_parameters(model.build(plan)))
     bound_messages(largest, max_seconds=UPLOAD_SECONDS)
     heads, key = Path(os.environ["FEVERFEW_HEADS_DIRECTORY"]), Path(os.environ["FEVERFEW_TRAIL_KEY"])
-    with noted_end(record), signed(record.directory / EVENTS, run=run, key=key, heads=heads):
+    with (
+        logline.about(run=run),
+        noted_end(record),
+        signed(record.directory / EVENTS, run=run, key=key, heads=heads),
+    ):
         coordinate(
             grid,
             plan,

@@ -11,13 +11,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import httpx
 from filelock import FileLock, Timeout
 
-from common import monitor
+from common import logline, monitor
 from common.errors import DeploymentError, UserError
+from common.logline import Format
 from server import enrolment, flower_state, process, trail
 from server.dispatch import Dispatch, watch
 from server.home import Home
@@ -51,9 +53,10 @@ class Supervised:
 
 @dataclass(kw_only=True)
 class Supervisor:
-    """Runs the coordinator's processes in the foreground."""
+    """Runs the coordinator's processes in the foreground. ``log_format``: of its lines, and of theirs."""
 
     home: Home
+    log_format: Format = "text"
     _dispatch: Dispatch = field(init=False)
     _vitals: Vitals = field(init=False)
     _supervised: list[Supervised] = field(default_factory=list)
@@ -146,20 +149,31 @@ class Supervisor:
             self._look_at_state()
         workplace = self.home.state / "empty"  # Flower's programs import from their working directory
         workplace.mkdir(mode=0o700, exist_ok=True)
-        with (self.home.logs / f"{service.name}.log").open("ab") as log:
+        log = self._log_of(service)
+        try:
             child = subprocess.Popen(
                 service.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=workplace,
-                env=environment(self.home),
+                env=environment(self.home, log_format=self.log_format),
                 start_new_session=True,  # Ctrl-C is for the supervisor, which ends them in order
             )
+        finally:
+            os.close(log)
         identity = Identity.of(child.pid)
         if identity is not None:
             identity.write(pid_file(self.home, service.name))
         return Supervised(service=service, process=child, begun=time.monotonic())
+
+    def _log_of(self, service: Service) -> int:
+        """Returns where a process writes to: its log, through a thread of ours where that is JSON."""
+        path = self.home.logs / f"{service.name}.log"
+        log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        if self.log_format == "json":
+            return logline.funnel(log, partial(logline.wrapped, process=service.name))[0]
+        return log
 
     def _look_at_state(self) -> None:
         aside = flower_state.set_aside_if_damaged(self.home.state / "superlink.db")
