@@ -56,7 +56,7 @@ THEIR_PROJECT = """
 name = "stock"
 version = "1.0.0"
 license = {file = "LICENSE"}
-dependencies = ["flwr"]
+dependencies = ["flwr>=1.41.0,<1.42"]
 [tool.flwr.app]
 publisher = "bench"
 fab-format-version = 1
@@ -77,7 +77,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-client, server = ClientApp(), ServerApp()
+client = ClientApp()
+server = ServerApp()
 
 @client.train()
 def train(message, context):
