@@ -8,12 +8,12 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
-from numpy.random import Generator
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from client.bookkeeping import BookKeeping, NotSupported
 from client.contribution import Contribution, clip_factors
+from client.gaussian import Gaussian
 from client.hooked import ExpandedWeights, Ghost, Hooks
 from client.training import Batch
 from common.plan import DpSgd
@@ -38,7 +38,7 @@ class PatientGradients(Protocol):
 class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
     """Opacus' optimizer with noise from a cryptographic stream instead of torch's generator."""
 
-    def __init__(self, optimizer: Any, *, noise: Generator, **settings: Any) -> None:
+    def __init__(self, optimizer: Any, *, noise: Gaussian, **settings: Any) -> None:
         super().__init__(optimizer, **settings)
         self._noise = noise
 
@@ -102,7 +102,7 @@ class PrivateGradient:
         privacy: DpSgd,
         noise_multiplier: float,
         expected_batch: int,
-        noise: Generator,
+        noise: Gaussian,
     ) -> None:
         gradient_multiplier, loss_multiplier = split_noise(
             noise_multiplier, loss_noise_ratio=privacy.loss_noise_ratio

@@ -25,9 +25,12 @@ class Key:
     secret: bytes
 
     def stream(self, purpose: str) -> Generator:
-        """Returns the independent stream of one purpose, such as ``"sampling"`` or ``"noise"``."""
-        digest = hashlib.sha256(self.secret + b"/" + purpose.encode()).digest()
-        return Generator(ChaCha(key=int.from_bytes(digest, "big"), rounds=20))
+        """Returns the independent stream of one purpose, such as ``"sampling"``."""
+        return Generator(ChaCha(key=int.from_bytes(self.derived(purpose), "big"), rounds=20))
+
+    def derived(self, purpose: str) -> bytes:
+        """Returns the independent key of one purpose, 32 bytes."""
+        return hashlib.sha256(self.secret + b"/" + purpose.encode()).digest()
 
 
 def secure_key() -> Key:

@@ -24,6 +24,7 @@ from torch.optim.sgd import sgd
 from client import segmentation
 from client.augmentation import UNCHANGED, Augmenter, augmenter_of
 from client.cohort import Part
+from client.gaussian import Gaussian
 from client.noise import Key
 from common import model as models
 from common.calibration import Mechanism
@@ -141,7 +142,7 @@ def train_by_plan(
         sampling=key.stream("sampling"),
         choosing=key.stream("cases"),
     )
-    gradient = gradient_of(network, plan=plan, mechanism=mechanism, noise=key.stream("noise"))
+    gradient = gradient_of(network, plan=plan, mechanism=mechanism, noise=Gaussian(key.derived("noise")))
     augmenter = augmenter_of(plan.training.augmentation, key=key)
     return train(
         network,
@@ -253,7 +254,7 @@ def _add_proximal_term(network: nn.Module, anchor: list[torch.Tensor], *, mu: fl
             parameter.grad.add_(parameter.detach() - origin, alpha=mu)
 
 
-def gradient_of(network: nn.Module, *, plan: Plan, mechanism: Mechanism, noise: Generator) -> Gradient:
+def gradient_of(network: nn.Module, *, plan: Plan, mechanism: Mechanism, noise: Gaussian) -> Gradient:
     """Returns the gradient of the plan's privacy mechanism; both kinds have one interface."""
     match plan.privacy:
         case NoPrivacy():

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from numpy.random import Generator
 from torch import nn
 
 from client import training
 from client.augmentation import augmenter_of
 from client.cohort import Part
+from client.gaussian import Gaussian
 from client.noise import Key
 from client.training import Gradient, PoissonSampler, Sampler, Trained
 from common.calibration import Mechanism
@@ -32,7 +32,7 @@ class Implementation:
 
     sampler: Callable[..., Sampler] = PoissonSampler
     gradient: Callable[..., Gradient] = CanaryGradient
-    noise: Callable[[Generator], Any] = lambda stream: stream
+    noise: Callable[[Gaussian], Any] = lambda stream: stream
     book: Callable[[int], str] = lambda server_round: "ledger.sqlite"
 
     def train(
@@ -58,7 +58,7 @@ class Implementation:
                 privacy=plan.privacy,
                 noise_multiplier=mechanism.noise_multiplier,
                 expected_batch=plan.training.expected_batch,
-                noise=self.noise(key.stream("noise")),
+                noise=self.noise(Gaussian(key.derived("noise"))),
             ),
             augmenter=augmenter_of(plan.training.augmentation, key=key),
         )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from client.clipping import Clipping, PrivateGradient, split_noise
+from client.gaussian import Gaussian
 from client.noise import Key
 from client.training import Batch
 from common.plan import DpSgd
@@ -48,7 +49,7 @@ def private_gradient(
         privacy=privacy,
         noise_multiplier=noise_multiplier,
         expected_batch=expected_batch,
-        noise=KEY.stream("noise"),
+        noise=Gaussian(KEY.derived("noise")),
     )
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from client.clipping import PrivateGradient
+from client.gaussian import Gaussian
 from client.training import Batch
 from common import model
 from common.errors import ConfigError
@@ -61,7 +62,7 @@ def rows(asked: object, batch: Batch) -> list[torch.Tensor]:
         privacy=plan().privacy,  # type: ignore[arg-type]
         noise_multiplier=1.0,
         expected_batch=3,
-        noise=np.random.default_rng(0),
+        noise=Gaussian(bytes(32)),
     )
     found, _ = gradient.contributions(batch)
     gradient.close()

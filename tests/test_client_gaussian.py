@@ -1,0 +1,86 @@
+"""The numbers are normal, independent, decided by the key, and never drawn twice."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from client import gaussian
+from client.gaussian import CHUNK_PAIRS, Gaussian
+
+KEY = bytes(range(32))
+DTYPES = [np.float32, np.float64]
+
+
+def drawn(number: int, *, dtype: Any = np.float32, key: bytes = KEY) -> np.ndarray[Any, Any]:
+    return np.asarray(Gaussian(key).standard_normal((number,), dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_are_standard_normal(dtype: Any) -> None:
+    values = drawn(1_000_000, dtype=dtype)
+    assert values.dtype == dtype
+    assert stats.kstest(values.astype(np.float64), "norm").pvalue > 1e-3
+    assert stats.kstest(values.astype(np.float64) * 1.01, "norm").pvalue < 1e-3, "the test would notice"
+
+
+@pytest.mark.parametrize("beyond", [3.0, 4.0, 4.5])
+def test_tails_are_as_heavy_as_they_should_be(beyond: float) -> None:
+    number = 8_000_000
+    expected = number * 2 * stats.norm.sf(beyond)
+    found = int((np.abs(drawn(number)) > beyond).sum())
+    assert abs(found - expected) < 4.5 * math.sqrt(expected)
+
+
+def test_squares_and_neighbours_and_pairs_are_independent() -> None:
+    """Both numbers of a pair share their radius: they stand half a chunk apart."""
+    number = 2 * CHUNK_PAIRS * 10
+    values = drawn(number).astype(np.float64).reshape(10, 2, CHUNK_PAIRS)
+    first, second = values[:, 0].ravel(), values[:, 1].ravel()
+    bound = 4.5 / math.sqrt(number / 2)
+    for one, other in (
+        (first, second),
+        (first**2, second**2),
+        (np.abs(first), second),
+        (first[1:], first[:-1]),
+        (first[1:] ** 2, first[:-1] ** 2),
+        (first[CHUNK_PAIRS:], first[:-CHUNK_PAIRS]),
+    ):
+        assert abs(np.corrcoef(one, other)[0, 1]) < bound
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2 * CHUNK_PAIRS + 1,), (0,)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_shape_is_filled(shape: tuple[int, ...], dtype: Any) -> None:
+    values = np.asarray(Gaussian(KEY).standard_normal(shape, dtype=dtype))
+    assert values.shape == shape and np.isfinite(values).all()
+    assert len(np.unique(values)) >= 0.99 * values.size
+
+
+def test_a_key_decides_the_numbers_and_none_comes_twice() -> None:
+    stream, again = Gaussian(KEY), Gaussian(KEY)
+    one, two = stream.standard_normal((1000,)), stream.standard_normal((1000,))
+    np.testing.assert_array_equal(one, again.standard_normal((1000,)))
+    assert not np.isin(two, one).any()
+    assert not np.isin(drawn(1000, dtype=np.float64, key=bytes(32)), one).any()
+
+
+def test_numbers_reach_as_far_as_their_bits_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The least radius bits give the largest number: nothing is infinite, and the tail is not cut early."""
+    monkeypatch.setattr(Gaussian, "_bytes", lambda self, number: bytearray(number))
+    assert Gaussian(KEY).standard_normal((2,))[0] == pytest.approx(math.sqrt(2 * 54 * math.log(2)))
+    assert stats.norm.sf(math.sqrt(2 * 54 * math.log(2))) < 1e-16
+    monkeypatch.setattr(Gaussian, "_bytes", lambda self, number: bytearray(b"\xff" * number))
+    assert Gaussian(KEY).standard_normal((2,)).tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
+
+
+def test_a_key_is_not_used_beyond_its_cipher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaussian, "MAX_BYTES", 1000)
+    stream = Gaussian(KEY)
+    stream.standard_normal((100,))
+    with pytest.raises(OverflowError):
+        stream.standard_normal((100,))
