@@ -6,7 +6,7 @@ the sum over the batch, which would be of no use. No hook wraps an output, so th
 it in place.
 
 Source: Bu et al. (2023), Differentially Private Optimization on Large Model at Small Cost (book-keeping);
-one native call a patient for the weights of a convolution is ours.
+to take cases for groups of channels is ours.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ class Book:
     owners: Tensor
     num_patients: int
     shares: Tensor
-    starts: list[int]
     uses: Counter[nn.Parameter] = field(default_factory=Counter)
     found: dict[nn.Parameter, Contribution] = field(default_factory=dict)
 
@@ -55,7 +54,6 @@ class Book:
             owners=batch.owners,
             num_patients=batch.num_patients,
             shares=counts.to(dtype).reciprocal()[batch.owners],
-            starts=[0, *counts.cumsum(0).tolist()],
         )
 
     def add(self, parameter: nn.Parameter, contribution: Contribution) -> None:
@@ -77,15 +75,6 @@ class Book:
     def products(self, left: Tensor, right: Tensor, *, shape: torch.Size) -> Products:
         """left: (cases, rows, positions), right: (cases, columns, positions)."""
         return Products(left, right, shape, self.owners, self.shares, self.num_patients)
-
-    def by_patient(self, gradient: Callable[[slice], Tensor]) -> Rows:
-        """Returns each patient's mean, where ``gradient`` gives the sum over a slice of the cases."""
-        rows = torch.stack(
-            [gradient(slice(*ends)) for ends in zip(self.starts, self.starts[1:], strict=False)]
-        )
-        if self.num_patients < len(self.owners):
-            rows *= self.shares[self.starts[:-1]].reshape(-1, *[1] * (rows.dim() - 1))
-        return Rows(rows)
 
 
 class BookKeeping:
@@ -199,29 +188,40 @@ class _Convolution(Function):
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> Any:
         inputs, weight = ctx.saved_tensors
-        layer, book = ctx.layer, ctx.book
-        outer = outer.contiguous()
-
-        def derived(of: slice, *, mask: list[bool]) -> Any:
-            return torch.ops.aten.convolution_backward(
-                outer[of], inputs[of], weight, None, *ctx.settings, mask
-            )
-
-        def of_weight(of: slice) -> Tensor:
-            found: Tensor = derived(of, mask=[False, True, False])[1]
-            return found
-
-        if _is_pointwise(layer) and _fits(weight, positions=outer[0, 0].numel()):
-            products = book.products(outer.flatten(2), inputs.flatten(2), shape=weight.shape)
-            book.add(layer.weight, products)
+        outer, inputs = outer.contiguous(), inputs.contiguous()
+        if _is_pointwise(ctx.layer) and 2 * outer[0, 0].numel() ** 2 <= weight.numel():
+            _note_products(ctx.layer, ctx.book, outer.flatten(2), inputs.flatten(2))
         else:
-            book.add(layer.weight, book.by_patient(of_weight))
-        if layer.bias is not None:
-            book.add(layer.bias, book.mean(outer.flatten(2).sum(dim=2)))
+            _note_convolution(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
         of_inputs = None
         if ctx.needs_input_grad[2]:
-            of_inputs = derived(slice(None), mask=[True, False, False])[0]
+            of_inputs = torch.ops.aten.convolution_backward(
+                outer, inputs, weight, None, *ctx.settings, [True, False, False]
+            )[0]
         return None, None, of_inputs, None, None
+
+
+def _note_products(layer: Any, book: Book, outer: Tensor, inputs: Tensor) -> None:
+    book.add(layer.weight, book.products(outer, inputs, shape=layer.weight.shape))
+    if layer.bias is not None:
+        book.add(layer.bias, book.mean(outer.sum(dim=2)))
+
+
+def _note_convolution(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
+    """One native call for the weights of all cases: to a convolution, each case is a group of channels."""
+    cases, shape = len(inputs), layer.weight.shape
+    *geometry, groups = settings
+    of_all = layer.weight.new_empty(cases * shape[0], *shape[1:])  # for its shape; its values are not read
+    of_bias = None if layer.bias is None else [cases * len(layer.bias)]
+    _, weights, biases = torch.ops.aten.convolution_backward(
+        outer.view(1, -1, *outer.shape[2:]),
+        inputs.view(1, -1, *inputs.shape[2:]),
+        *(of_all, of_bias, *geometry, cases * groups),
+        [False, True, layer.bias is not None],
+    )
+    book.add(layer.weight, book.mean(weights.view(cases, *shape)))
+    if layer.bias is not None:
+        book.add(layer.bias, book.mean(biases.view(cases, -1)))
 
 
 class _GroupNorm(Function):
@@ -242,22 +242,20 @@ class _GroupNorm(Function):
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> Any:
         inputs, weight, mean, deviation = ctx.saved_tensors
-        cases, channels, _, groups = ctx.sizes
+        cases, channels, pixels, groups = ctx.sizes
         outer = outer.contiguous()
-        sums = outer.flatten(2).sum(dim=2)
-        products = torch.linalg.vecdot(outer.flatten(2), inputs.flatten(2))
-        by_group = (cases, groups, channels // groups)
-        of_weight = (products.view(by_group) - mean.view(cases, groups, 1) * sums.view(by_group)) * (
-            deviation.view(cases, groups, 1)
+        # One case whose channels are those of all cases is normalised in the same way: so torch sums over
+        # the pixels of each channel of each case, and not over cases.
+        of_inputs, weights, biases = torch.ops.aten.native_group_norm_backward(
+            outer.view(1, -1, *outer.shape[2:]),
+            inputs.view(1, -1, *inputs.shape[2:]),
+            *(mean.view(1, -1), deviation.view(1, -1), weight.repeat(cases)),
+            *(1, cases * channels, pixels, cases * groups),
+            [ctx.needs_input_grad[2], True, True],
         )
-        ctx.book.add(ctx.layer.weight, ctx.book.mean(of_weight.view(cases, channels)))
-        ctx.book.add(ctx.layer.bias, ctx.book.mean(sums))
-        of_inputs = None
-        if ctx.needs_input_grad[2]:
-            of_inputs = torch.ops.aten.native_group_norm_backward(
-                outer, inputs, mean, deviation, weight, *ctx.sizes, [True, False, False]
-            )[0]
-        return None, None, of_inputs, None, None
+        ctx.book.add(ctx.layer.weight, ctx.book.mean(weights.view(cases, channels)))
+        ctx.book.add(ctx.layer.bias, ctx.book.mean(biases.view(cases, channels)))
+        return None, None, None if of_inputs is None else of_inputs.view_as(outer), None, None
 
 
 class _LayerNorm(Function):
@@ -422,11 +420,7 @@ def _is_pointwise(layer: Any) -> bool:
     return alone and layer.groups == 1 and not layer.transposed and not padded
 
 
-def _fits(weight: Tensor, *, positions: int) -> bool:
-    """Says whether products are less work than the gradients themselves, as Bu et al. decide."""
-    return 2 * positions**2 <= weight.numel()
-
-
 def _smaller(products: Products) -> Contribution:
+    """Chooses as Bu et al. do: by the size of what has to be multiplied, or kept."""
     matrix = products.left.shape[1] * products.right.shape[1]
     return products if 2 * products.left.shape[2] ** 2 <= matrix else Rows(products.rows())
