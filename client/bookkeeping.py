@@ -28,6 +28,8 @@ from torch.nn import functional
 from client.contribution import Contribution, Products, Rows
 from client.training import Batch, case_losses, patient_means
 
+FEW_POSITIONS: Final = 64
+"""Up to here a product of matrices is faster than a convolution of one pixel's size."""
 _CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _INSTANCE_NORMS: Final = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -171,6 +173,45 @@ class _Linear(Function):
         return None, None, outer @ weight if ctx.needs_input_grad[2] else None, None
 
 
+class _Pointwise(Function):
+    """A convolution that is a linear layer at each position, where there are few: one product of matrices.
+
+    torch makes one product for each case, which costs many times as much for a late layer of a large network.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layer: Any, book: Book, inputs: Tensor, weight: Tensor) -> Tensor:
+        ctx.layer, ctx.book = layer, book
+        ctx.save_for_backward(inputs, weight)
+        columns = weight.flatten(1) @ _columns(inputs)
+        if layer.bias is not None:
+            columns += layer.bias[:, None]
+        return _from_columns(columns, like=inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        inputs, weight = ctx.saved_tensors
+        layer, book = ctx.layer, ctx.book
+        left = outer.flatten(2)
+        book.add(layer.weight, _smaller(book.products(left, inputs.flatten(2), shape=weight.shape)))
+        if layer.bias is not None:
+            book.add(layer.bias, book.mean(left.sum(dim=2)))
+        of_inputs = None
+        if ctx.needs_input_grad[2]:
+            of_inputs = _from_columns(weight.flatten(1).T @ _columns(outer), like=outer)
+        return None, None, of_inputs, None
+
+
+def _columns(values: Tensor) -> Tensor:
+    """(cases, channels, *size) -> (channels, cases x positions)"""
+    return values.transpose(0, 1).reshape(values.shape[1], -1)
+
+
+def _from_columns(columns: Tensor, *, like: Tensor) -> Tensor:
+    return columns.view(-1, len(like), *like.shape[2:]).transpose(0, 1).contiguous()
+
+
 class _Convolution(Function):
     @staticmethod
     def forward(
@@ -189,10 +230,7 @@ class _Convolution(Function):
     def backward(ctx: Any, outer: Tensor) -> Any:
         inputs, weight = ctx.saved_tensors
         outer, inputs = outer.contiguous(), inputs.contiguous()
-        if _is_pointwise(ctx.layer) and 2 * outer[0, 0].numel() ** 2 <= weight.numel():
-            _note_products(ctx.layer, ctx.book, outer.flatten(2), inputs.flatten(2))
-        else:
-            _note_convolution(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
+        _note_cases_as_groups(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
         of_inputs = None
         if ctx.needs_input_grad[2]:
             of_inputs = torch.ops.aten.convolution_backward(
@@ -201,13 +239,7 @@ class _Convolution(Function):
         return None, None, of_inputs, None, None
 
 
-def _note_products(layer: Any, book: Book, outer: Tensor, inputs: Tensor) -> None:
-    book.add(layer.weight, book.products(outer, inputs, shape=layer.weight.shape))
-    if layer.bias is not None:
-        book.add(layer.bias, book.mean(outer.sum(dim=2)))
-
-
-def _note_convolution(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
+def _note_cases_as_groups(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
     """One native call for the weights of all cases: to a convolution, each case is a group of channels."""
     cases, shape = len(inputs), layer.weight.shape
     *geometry, groups = settings
@@ -353,6 +385,8 @@ def _linear(layer: nn.Linear, book: Book, inputs: Tensor) -> Tensor:
 
 
 def _convolution(layer: Any, book: Book, inputs: Tensor) -> Tensor:
+    if _is_pointwise(layer) and inputs[0, 0].numel() <= FEW_POSITIONS:
+        return _applied(_Pointwise, layer, book, inputs, layer.weight)
     padding, inputs = _padding(layer, inputs)
     return _applied(_Convolution, layer, book, inputs, layer.weight, padding)
 

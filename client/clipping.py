@@ -55,10 +55,12 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def add_noise(self) -> None:
         """Writes the noised sum of clipped gradients to ``p.grad``; a sum of nobody is zero."""
-        std = self.noise_multiplier * self.max_grad_norm
-        for parameter in self.params:
-            drawn = self._noise.standard_normal(tuple(parameter.shape), dtype=np.float32)
-            parameter.grad = torch.from_numpy(drawn).mul_(std)
+        sizes = [parameter.numel() for parameter in self.params]
+        drawn = self._noise.standard_normal((sum(sizes),), dtype=np.float32)
+        drawn *= np.float32(self.noise_multiplier * self.max_grad_norm)
+        ends = np.cumsum(sizes)
+        for parameter, size, end in zip(self.params, sizes, ends, strict=True):
+            parameter.grad = torch.from_numpy(drawn[end - size : end]).view_as(parameter)
             if parameter.summed_grad is not None:
                 parameter.grad += parameter.summed_grad.view_as(parameter)
 

@@ -46,9 +46,8 @@ class Rows:
         return self.values
 
     def squared_norms(self) -> Tensor:
-        flat = self.values.reshape(len(self.values), -1)
-        squares: Tensor = torch.linalg.vecdot(flat, flat)
-        return squares
+        norms: Tensor = torch.linalg.vector_norm(self.values.reshape(len(self.values), -1), dim=1)
+        return norms.square()
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         return (weights @ self.values.reshape(len(self.values), -1)).view(self.values.shape[1:])
@@ -93,8 +92,8 @@ class Products:
     def _of_single_cases(self) -> Tensor:
         if self.left.shape[2] == 1:
             left, right = self.left[:, :, 0], self.right[:, :, 0]
-            squares: Tensor = torch.linalg.vecdot(left, left) * torch.linalg.vecdot(right, right)
-            return squares
+            norms: Tensor = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1)
+            return norms.square()
         left, right = self.left.double(), self.right.double()  # the terms may cancel
         gram = torch.bmm(left.transpose(1, 2), left) * torch.bmm(right.transpose(1, 2), right)
         return self._cautious(gram.sum(dim=(1, 2)), self._magnitudes())

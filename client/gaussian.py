@@ -13,7 +13,7 @@ import math
 from typing import Any, Final
 
 import numpy as np
-import torch
+import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 CHUNK_PAIRS: Final = 1 << 15
@@ -21,6 +21,7 @@ CHUNK_PAIRS: Final = 1 << 15
 MAX_BYTES: Final = 1 << 37
 """Of one stream; the cipher's counter would begin again after twice as many."""
 _RADIUS_BYTES, _ANGLE_BYTES = 8, 4
+_ZEROS = bytes(CHUNK_PAIRS * (_RADIUS_BYTES + _ANGLE_BYTES))
 
 
 class Gaussian:
@@ -36,6 +37,7 @@ class Gaussian:
     def __init__(self, key: bytes) -> None:
         self._cipher = Cipher(algorithms.ChaCha20(key, nonce=bytes(16)), mode=None).encryptor()
         self._num_bytes = 0
+        self._bits = bytearray(len(_ZEROS))
 
     def standard_normal(self, size: int | tuple[int, ...] = (), dtype: Any = np.float64) -> Any:
         """Returns an array of this shape, float32 or float64; without a shape it has one number.
@@ -45,28 +47,31 @@ class Gaussian:
         """
         shape = (size,) if isinstance(size, int) else size
         number = math.prod(shape)
-        values = torch.empty(
-            number + number % 2, dtype=torch.float32 if dtype == np.float32 else torch.float64
-        )
+        values = np.empty(number + number % 2, dtype=dtype)
         for start in range(0, len(values), 2 * CHUNK_PAIRS):
             chunk = values[start : start + 2 * CHUNK_PAIRS]
             self._fill(chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :])
-        return values[:number].numpy().reshape(shape)
+        return values[:number].reshape(shape)
 
-    def _fill(self, first: torch.Tensor, second: torch.Tensor) -> None:
+    def _fill(self, first: npt.NDArray[Any], second: npt.NDArray[Any]) -> None:
         pairs = len(first)
-        bits = self._bytes(pairs * (_RADIUS_BYTES + _ANGLE_BYTES))
-        wide = torch.frombuffer(bits, dtype=torch.int64, count=pairs)
-        narrow = torch.frombuffer(bits, dtype=torch.int32, count=pairs, offset=pairs * _RADIUS_BYTES)
+        bits = self._draw(pairs * (_RADIUS_BYTES + _ANGLE_BYTES))
+        wide = np.frombuffer(bits, dtype="<u8", count=pairs) >> np.uint64(11)
+        narrow = np.frombuffer(bits, dtype="<i4", count=pairs, offset=pairs * _RADIUS_BYTES)
         # (k + 1/2) / 2^53 for k of 53 bits: never 0, and 1 only by rounding
-        uniform = ((wide >> 11) & (2**53 - 1)).double().add_(0.5).mul_(2.0**-53)
-        radius = uniform.log_().mul_(-2.0).sqrt_().to(first.dtype)
-        angle = narrow.to(first.dtype).mul_(math.pi * 2.0**-31)
-        torch.cos(angle, out=first).mul_(radius)
-        torch.sin(angle, out=second).mul_(radius)
+        uniform = (wide.view(np.int64).astype(np.float64) + 0.5) * 2.0**-53
+        np.log(uniform, out=uniform)
+        radius = np.sqrt((uniform * -2.0).astype(first.dtype))
+        angle = narrow.astype(first.dtype) * first.dtype.type(math.pi * 2.0**-31)
+        np.cos(angle, out=first)
+        np.sin(angle, out=second)
+        first *= radius
+        second *= radius
 
-    def _bytes(self, number: int) -> bytearray:
+    def _draw(self, number: int) -> bytearray:
+        """Returns fresh random bytes, until the next call."""
         self._num_bytes += number
         if self._num_bytes > MAX_BYTES:
             raise OverflowError(f"expected at most {MAX_BYTES} random bytes of one key")
-        return bytearray(self._cipher.update(bytes(number)))
+        self._cipher.update_into(memoryview(_ZEROS)[:number], self._bits)
+        return self._bits

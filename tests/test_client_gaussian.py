@@ -71,10 +71,10 @@ def test_a_key_decides_the_numbers_and_none_comes_twice() -> None:
 
 def test_numbers_reach_as_far_as_their_bits_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The least radius bits give the largest number: nothing is infinite, and the tail is not cut early."""
-    monkeypatch.setattr(Gaussian, "_bytes", lambda self, number: bytearray(number))
+    monkeypatch.setattr(Gaussian, "_draw", lambda self, number: bytearray(number))
     assert Gaussian(KEY).standard_normal((2,))[0] == pytest.approx(math.sqrt(2 * 54 * math.log(2)))
     assert stats.norm.sf(math.sqrt(2 * 54 * math.log(2))) < 1e-16
-    monkeypatch.setattr(Gaussian, "_bytes", lambda self, number: bytearray(b"\xff" * number))
+    monkeypatch.setattr(Gaussian, "_draw", lambda self, number: bytearray(b"\xff" * number))
     assert Gaussian(KEY).standard_normal((2,)).tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
 
 
