@@ -1,0 +1,161 @@
+"""What a private step costs: its time and peak memory over those of a plain step, beside Opacus' own ways.
+
+Run with ``python -m benchmarks.step_cost``. A plain step is forward, backward and descent in fp32; a private
+one samples nothing, but clips each patient, adds the noise and descends. Every way is a process of its own;
+within it, plain and private steps alternate, and the ratio is the median over pairs. Times are of the
+process, so that a busy machine disturbs less; for two threads of the wall.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+NETWORKS: dict[str, tuple[dict[str, Any], int]] = {
+    "cnn": ({"preprocessing__size": (64, 64)}, 64),
+    "article_cnn": ({"model": "article_cnn", "preprocessing": "rgb64"}, 64),
+    "densenet121": ({"model": "densenet121", "preprocessing__size": (64, 64)}, 8),
+    "efficientnet_b0": ({"model": "efficientnet_b0", "preprocessing__size": (64, 64)}, 8),
+    "unet": ({"model": "unet", "preprocessing__size": (64, 64)}, 8),
+}
+"""By name: the changes of a plan, and the cases of a batch."""
+WAYS = ("bookkeeping", "hooks", "ew", "ghost")
+
+
+def measure(name: str, way: str, *, cases_per_patient: int, threads: int, steps: int) -> dict[str, float]:
+    """Returns the seconds of a plain and of a private step, their median ratio, and the peak memory in MB."""
+    import torch
+
+    torch.set_num_threads(threads)
+    plain, private = _steps(name, way, cases_per_patient=cases_per_patient)
+    clock = time.process_time if threads == 1 else time.perf_counter
+    pairs = [(_timed(plain, clock), _timed(private, clock)) for _ in range(steps + 2)][2:]
+    return {
+        "plain": statistics.median(one for one, _ in pairs),
+        "private": statistics.median(other for _, other in pairs),
+        "ratio": statistics.median(other / one for one, other in pairs),
+    }
+
+
+def peak(name: str, way: str, *, cases_per_patient: int) -> float:
+    """Returns the peak memory in MB that steps of one kind add to a process; "plain" is a way, too."""
+    import torch
+
+    torch.set_num_threads(1)
+    plain, private = _steps(
+        name, "bookkeeping" if way == "plain" else way, cases_per_patient=cases_per_patient
+    )
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(3):
+        (plain if way == "plain" else private)()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+
+
+def _steps(name: str, way: str, *, cases_per_patient: int) -> tuple[Callable[[], None], Callable[[], None]]:
+    import torch
+
+    from client.clipping import PrivateGradient
+    from client.gaussian import Gaussian
+    from client.training import Batch, Descent, PlainGradient
+    from common import model
+    from tests.plans import plan
+
+    changes, cases = NETWORKS[name]
+    asked = plan(**changes, privacy__clipping=way, training__cases_per_patient=1)
+    network, other = model.build(asked), model.build(asked)
+    (image, *_) = model.blank_inputs(asked)
+    targets = torch.arange(cases) % 2
+    if asked.target == "mask":
+        targets = torch.randint(0, 2, (cases, *asked.preprocessing.size))
+    batch = Batch(
+        images=torch.rand(cases, *image.shape[1:]),
+        values=torch.zeros(cases, 0),
+        targets=targets,
+        owners=torch.arange(cases) // cases_per_patient,
+        num_patients=cases // cases_per_patient,
+    )
+    ordinary = PlainGradient(network, expected_batch=batch.num_patients)
+    private = PrivateGradient(
+        other,
+        privacy=asked.privacy,  # type: ignore[arg-type]
+        noise_multiplier=1.0,
+        expected_batch=batch.num_patients,
+        noise=Gaussian(bytes(32)),
+    )
+    descents = Descent(network, training=asked.training), Descent(other, training=asked.training)
+
+    def plain_step() -> None:
+        network.zero_grad()
+        ordinary.accumulate(batch)
+        ordinary.finish()
+        descents[0].step()
+
+    def private_step() -> None:
+        other.zero_grad()
+        private.accumulate(batch)
+        private.finish()
+        descents[1].step()
+
+    return plain_step, private_step
+
+
+def _timed(step: Callable[[], None], clock: Callable[[], float]) -> float:
+    begun = clock()
+    step()
+    return clock() - begun
+
+
+def _apart(*arguments: object) -> Any:
+    """Runs this module in a process of its own; None where a way does not know the network."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step_cost", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def main() -> None:
+    """Prints for each network and way the ratios of time and of peak memory."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("network", nargs="?", choices=NETWORKS)
+    parser.add_argument("way", nargs="?", choices=("plain", *WAYS))
+    parser.add_argument("--cases-per-patient", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--peak", action="store_true")
+    asked = parser.parse_args()
+    several = {"cases_per_patient": asked.cases_per_patient}
+    if asked.way is not None and asked.peak:
+        print(json.dumps(peak(asked.network, asked.way, **several)))
+    elif asked.way is not None:
+        found = measure(asked.network, asked.way, threads=asked.threads, steps=asked.steps, **several)
+        print(json.dumps(found))
+    else:
+        for name in NETWORKS if asked.network is None else [asked.network]:
+            _table(name, asked)
+
+
+def _table(name: str, asked: argparse.Namespace) -> None:
+    more = ("--cases-per-patient", asked.cases_per_patient)
+    settings = (*more, "--threads", asked.threads, "--steps", asked.steps)
+    plain = _apart(name, "plain", "--peak", *more)
+    for way in WAYS:
+        found, memory = _apart(name, way, *settings), _apart(name, way, "--peak", *more)
+        if found is None or memory is None:
+            print(f"{name:>16} {way:>12}: does not know this network, or not several cases of a patient")
+            continue
+        print(
+            f"{name:>16} {way:>12}: {found['ratio']:5.2f} of a plain step ({found['private'] * 1e3:.0f} ms "
+            f"over {found['plain'] * 1e3:.0f} ms), {memory / plain:5.2f} of its memory ({memory:.0f} MB over "
+            f"{plain:.0f} MB)",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
