@@ -200,12 +200,15 @@ class Journal:
         self._remember(chain.signed(0, GENESIS, key=self._key))
 
     def _opened(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self._path, isolation_level=None, timeout=_SECONDS_TO_LOCK)
         try:
-            database = sqlite3.connect(self._path, isolation_level=None, timeout=_SECONDS_TO_LOCK)
             database.execute("PRAGMA synchronous=FULL")
             self._tables.prepare(database, path=self._path)
-        except sqlite3.DatabaseError as error:
-            raise self._broken(str(error)) from None
+        except BaseException as error:
+            database.close()
+            if isinstance(error, sqlite3.DatabaseError):
+                raise self._broken(str(error)) from None
+            raise
         return database
 
     @property

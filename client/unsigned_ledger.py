@@ -14,6 +14,12 @@ TABLES: Final = frozenset(("charges", "outcomes", "bounds"))
 Row = dict[str, Any]
 
 
+def is_in(database: sqlite3.Connection) -> bool:
+    """Says whether a data base is such a ledger, perhaps a damaged one."""
+    query = "SELECT name FROM sqlite_master WHERE name IN ('charges', 'entries')"
+    return database.execute(query).fetchall() == [("charges",)]
+
+
 def rows(database: sqlite3.Connection) -> Iterator[Row]:
     """Yields every charge, each followed by its outcome if it has one, as rows of today's ledger.
 

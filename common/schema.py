@@ -30,8 +30,8 @@ def require(found: object, *, newest: int, what: str) -> int:
         raise SchemaError(f"Expected {what} with a schema version, found {found!r} in its place.")
     if found > newest:
         raise SchemaError(
-            f"Expected {what} of schema {newest} at most, found {found}: a newer Feverfew wrote it; update this "
-            "one. Nothing was changed."
+            f"Expected {what} of schema {newest} at most, found {found}: a newer Feverfew wrote it; update "
+            "this one. Nothing was changed."
         )
     return found
 
@@ -68,7 +68,11 @@ class Tables:
             mark = f"PRAGMA user_version = {self.newest}"
             database.executescript(f"BEGIN IMMEDIATE; {self.create}; {mark}; COMMIT;")
             return
-        found = require(self._version(database, names), newest=self.newest, what=f"{self.what} {path}")
+        what = f"{self.what} {path}"
+        found = self._version(database, names)
+        if not found:
+            raise SchemaError(f"Expected {what}, found a file with other tables; move it away.")
+        require(found, newest=self.newest, what=what)
         if found < self.newest:
             _keep_copy(database, path=path, found=found)
         self._bring_forward(database, found=found)

@@ -15,11 +15,13 @@ from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from common import durable
+from common import durable, schema
 from common.errors import StateError
 from common.exchange import Prepared
 from common.model import FlatArray
 
+SCHEMA = 1
+"""Of ``state.json``; the first had no mark. Later ones keep ``sha256`` as it is, or count as damaged here."""
 _KEPT = 2  # if the newest is damaged, the one before still is there
 
 
@@ -95,6 +97,7 @@ def save_state(directory: Path, state: RunState) -> None:
     temporary.mkdir()
     parameters = save({"parameters": state.parameters})
     tree = {name: value for name, value in asdict(state).items() if name != "parameters"}
+    tree["schema"] = SCHEMA
     tree["sha256"] = checksum(tree, parameters=parameters)
     _write(temporary / "parameters.safetensors", parameters)
     _write(temporary / "state.json", json.dumps(tree, allow_nan=False).encode())
@@ -117,6 +120,7 @@ def latest(directory: Path, *, run: str, plan_hash: str) -> RunState | None:
 
     Raises:
         StateError: checkpoints are there, but each is damaged or of another run.
+        SchemaError: a newer Feverfew has saved it.
     """
     saved = _saved(directory)
     for path in reversed(saved):
@@ -147,6 +151,7 @@ def _load(path: Path) -> RunState | None:
         tree: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if tree.pop("sha256") != checksum(tree, parameters=data):
             return None
+        schema.require(tree.pop("schema", SCHEMA), newest=SCHEMA, what=f"the checkpoint {path}")
         datetime.fromisoformat(tree["started"])
         tree["parameters"] = load(data)["parameters"]
         return TypeAdapter(RunState).validate_python(tree)
