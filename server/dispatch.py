@@ -90,14 +90,17 @@ class Dispatch:
         if record.run in self._due:
             return False  # known, and waiting for its time
         life = record.life
-        if life is not None and life.flower_run == submission.flower_run:
-            return life.is_over and not record.end
+        is_carried = life is not None and life.flower_run == submission.flower_run
+        if is_carried and life is not None and life.is_over:
+            return not record.end
         now = time.monotonic()
         if now - self._asked.get(record.run, 0.0) < ASK_SECONDS:
             return False
         self._asked[record.run] = now
         with self.home.control() as control:
-            return _is_over(control, submission.flower_run)
+            known = _known(control, submission.flower_run)
+        # What is over for Flower may still write its report; what Flower does not know gets no further.
+        return not known or (not is_carried and all(run.is_finished for run in known))
 
     def _note_loss(self, record: RunRecord, submission: Submission) -> None:
         reached = checkpoint.newest_round(record.directory / "checkpoints")
@@ -164,13 +167,13 @@ def watch(dispatch: Dispatch, stop: threading.Event) -> Callable[[], None]:
     return end
 
 
-def _is_over(control: Control, flower_run: int) -> bool:
-    """Says whether one of Flower's runs has ended, or is not known any more."""
+def _known(control: Control, flower_run: int) -> list[FlowerRun]:
+    """Returns one of Flower's runs, or nothing: a new data base does not know it."""
     try:
-        return all(run.is_finished for run in control.runs(flower_run))
+        return control.runs(flower_run)
     except httpx.HTTPStatusError as error:
         if error.response.status_code == 404:
-            return True
+            return []
         raise
 
 

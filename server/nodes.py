@@ -13,11 +13,11 @@ from typing import Any, Final
 from common import flower
 
 ASK_AGAIN_SECONDS: Final = 1.0
-"""A key without a node makes us ask the SuperLink no more often than this."""
+"""Requests for a wrong node make us ask the SuperLink no more often than this."""
 
 
 class Nodes:
-    """The node of each key; a key has one node for ever, so that what is known stays true.
+    """The node of each key, as long as the SuperLink keeps its data base.
 
     Args:
         ask: returns all nodes that the SuperLink has registered, by public key (PEM); may block.
@@ -25,22 +25,24 @@ class Nodes:
 
     def __init__(self, ask: Callable[[], Mapping[bytes, int]]) -> None:
         self._ask = ask
-        self._known: dict[bytes, int] = {}
+        self._known: Mapping[bytes, int] = {}
         self._asked = -ASK_AGAIN_SECONDS
         self._asking = asyncio.Lock()
 
-    async def of(self, key: bytes) -> int | None:
-        """Returns the node of a key; None where it has none.
+    async def belong(self, claimed: set[int], *, to: bytes) -> bool:
+        """Says whether a key has one node, and that is all that is claimed.
+
+        What does not fit is asked for again: with a new data base the same keys have other nodes.
 
         Raises:
             httpx.HTTPError: the SuperLink, which has to be asked, does not answer.
         """
-        if key not in self._known:
+        if claimed != {self._known.get(to)}:
             async with self._asking:
-                if key not in self._known and time.monotonic() - self._asked >= ASK_AGAIN_SECONDS:
-                    self._known |= await asyncio.to_thread(self._ask)
+                if claimed != {self._known.get(to)} and time.monotonic() - self._asked >= ASK_AGAIN_SECONDS:
+                    self._known = await asyncio.to_thread(self._ask)
                     self._asked = time.monotonic()
-        return self._known.get(key)
+        return claimed == {self._known.get(to)}
 
 
 def key_of(request: Any) -> bytes | None:

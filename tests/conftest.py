@@ -12,7 +12,7 @@ LOGS = ("feverfew", "feverfew.site", "feverfew.agent", "feverfew.worker", "fever
 
 
 def pytest_collection_finish() -> None:
-    """Takes what the imports left out of every later garbage collection: Flower's Bulyan asks for one per update."""
+    """Spares later garbage collections what the imports left; Flower's Bulyan asks for one per update."""
     gc.collect()
     gc.freeze()
 

@@ -4,7 +4,7 @@ The product has no hooks for this. A process of a test federation has a ``sitecu
 module, which wraps functions of the product as they are imported. A point ``NAME.POINT`` is armed by a file
 of that name in the directory ``FAULT_POINTS``; ``NAME`` is a site, or ``server``. What stands in it is done
 once: ``kill`` ends the process that arrives there by SIGKILL, ``stall`` keeps it there, ``mark`` only leaves
-``NAME.POINT.reached``.
+``NAME.POINT.reached``. While ``NAME.poison`` is there, the updates of a site are NaN.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ PLACES: dict[str, list[tuple[str, str, str]]] = {
     "client.agent": [
         ("Agent._do", "before", "task_announced"),
         ("Agent._answer", "before", "task_pulled"),
+        ("Agent._answer", "after", "reply_made"),
         ("Agent._send", "before", "reply_ready"),
         ("Agent._send", "after", "reply_sent"),
     ],
@@ -62,6 +63,17 @@ def was_reached(directory: Path, owner: str, point: str) -> bool:
 
 def _owned(point: str) -> str:
     return f"{os.environ[OWNER]}.{point}"
+
+
+def _poisoned(reply: Any) -> Any:
+    """Returns an update with a value that is no number; anything else as it is."""
+    import numpy as np
+    from flwr.app import Array
+
+    if not reply.has_error() and "update" in reply.content.array_records.get("arrays", {}):
+        arrays = reply.content.array_records["arrays"]
+        arrays["update"] = Array(np.full_like(arrays["update"].numpy(), np.nan))
+    return reply
 
 
 def _reach(point: str) -> None:
@@ -99,6 +111,8 @@ def _wrapped(function: Callable[..., Any], *, when: str, point: str) -> Callable
         result = function(*arguments, **keywords)
         if when == "after":
             _reach(point)
+        if point == "reply_made" and os.path.exists(os.path.join(os.environ[DIRECTORY], _owned("poison"))):
+            return _poisoned(result)
         return result
 
     return wrapper

@@ -248,6 +248,12 @@ class Stage:
         wait_for(lambda: _round(record) > server_round, what=f"work after {fault}", seconds=60)
         self.seconds[str(fault)] = time.monotonic() - begun
 
+    def told_seconds(self) -> str:
+        """Returns how long it took until work went on, a line for each fault, and their median."""
+        lines = [f"  {seconds:5.1f}  {fault}" for fault, seconds in self.seconds.items()]
+        median = f"{statistics.median(self.seconds.values()):.1f}" if lines else "none was timed"
+        return "\n".join(["", "seconds until work went on:", *lines, f"  median {median}"])
+
     def _disturb(self, kind: str, record: RunRecord) -> None:
         match kind:
             case "close":
@@ -317,10 +323,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
         stage = Stage(federation, proxy, plan)
         stage.model = (stage.run("undisturbed", ()).directory / "model.safetensors").read_bytes()
         yield stage
-        print("\nseconds until work went on:")
-        for fault, seconds in stage.seconds.items():
-            print(f"  {seconds:5.1f}  {fault}")
-        print(f"  median {statistics.median(stage.seconds.values()):.1f}")
+        print(stage.told_seconds())
     finally:
         federation.over.set()
         if watch.is_alive():
@@ -436,6 +439,22 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before_in_the_middle_of_a_ru
     assert (record.directory / "model.safetensors").read_bytes() == stage.model
 
 
+def test_a_damaged_data_base_of_the_superlink_is_set_aside_and_nothing_is_lost(stage: Stage) -> None:
+    state = stage.federation.home.state
+
+    def trouble(record: RunRecord) -> None:
+        wait_for(lambda: _round(record) >= 3, what="round 3", seconds=120)
+        with (state / "superlink.db").open("r+b") as file:
+            file.write(b"no data base at all" * 100)
+        stage.federation.kill_named("superlink", "server")
+        (state / "superlink.db-wal").unlink(missing_ok=True)
+
+    record = stage.run_beside("damaged data base", trouble)
+    assert (record.directory / "model.safetensors").read_bytes() == stage.model
+    assert list(state.glob("superlink.db.damaged-*"))
+    assert "damaged" in stage.federation.log("coordinator")
+
+
 FAKETIME = sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))
 
 
@@ -492,3 +511,27 @@ def _outputs_differ(directory: Path) -> list[tuple[str, str]]:
             outputs[path.stem, task].add(digest)
     assert outputs, "outputs were noted"
     return [task for task, digests in outputs.items() if len(digests) > 1]
+
+
+@pytest.mark.parametrize("quorum", [1, 2])
+def test_of_four_sites_one_is_gone_one_stalls_one_sends_nan_and_the_plan_decides(
+    stage: Stage, quorum: int
+) -> None:
+    federation = stage.federation
+    plan = _changed(stage.plan, quorum=quorum, rounds=2, reply_deadline_seconds=12, node_deadline_seconds=5)
+    wait_for(lambda: set(federation.status.sites.values()) == {"online"}, what="sites online", seconds=60)
+    (federation.points / "west.poison").touch()
+    fault_points.arm(federation.points, "south", "step_done", action="stall")
+    gone = federation.processes.pop("north")
+    gone.kill()
+    gone.wait()
+    record = stage.record(f"troubled {quorum}")
+    outcome = submission.follow(federation.home, stage.submit(record, plan), show=lambda event: None)
+    told = json.loads((record.directory / "report.json").read_text())
+    stories = {name: site["story"] for name, site in told["participation"].items()}
+    assert "non_finite" in stories["west"] and "missing" in stories["south"]
+    assert outcome.status == ("completed" if quorum == 1 else "quorum_not_reached"), outcome
+    assert "trained" in stories["east"] and outcome.has_report
+    (federation.points / "west.poison").unlink()
+    federation.processes["south"].kill()
+    federation.spawn("north", *federation.commands["north"])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,24 @@ def test_a_living_process_is_left_alone(
     for _ in range(3):
         dispatch.look()
     assert list(control.runs_by_id) == [1]
+
+
+def test_a_process_whose_run_a_new_data_base_does_not_know_is_replaced(
+    dispatch: Dispatch, record: RunRecord, control: ScriptedControl
+) -> None:
+    dispatch.look()
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as carrier:
+        identity = Identity.of(carrier.pid)
+        assert identity is not None
+        life = Life(flower_run=1, pid=identity.pid, started=identity.started)
+        (record.directory / "life.json").write_text(json.dumps(asdict(life)))
+        dispatch.look()
+        assert carrier.poll() is None, "the SuperLink knows its run"
+        control.runs_by_id = {9: FlowerRun(run_id=9, status="finished", details="", config={})}
+        dispatch.look()
+        dispatch.look()
+    assert carrier.returncode == -signal.SIGKILL and flower_run(record) == 2
+    assert control.runs_by_id[2].config["run"] == record.run
 
 
 def test_a_run_that_ended_is_not_started_again(
