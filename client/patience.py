@@ -34,6 +34,8 @@ def reason(error: Exception) -> str:
         return flower.refusal_text(error)
     if isinstance(error, httpx.RemoteProtocolError):  # all that is seen of a certificate that is not taken
         return "closed without an answer; is the certificate still valid? see feverfew-client check"
+    if isinstance(error, httpx.ConnectError) and "certificate has expired" in str(error):
+        return "its certificate has expired; the coordinator has to run feverfew-server renew"
     return type(error).__name__
 
 

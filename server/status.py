@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import httpx
 
 from common import certificates
-from server import checkpoint, enrolment
+from server import checkpoint, enrolment, renewal
 from server.control import Node
 from server.home import Home
 from server.process import Identity
@@ -53,7 +53,7 @@ class Status:
             for name, pid in self.processes.items()
         ]
         lines += [f"site     {name:<12} {state}" for name, state in self.sites.items()]
-        lines += [f"expiry   {name:<12} {_expiry(days)}" for name, days in self.expiring.items()]
+        lines += [f"expiry   {name:<12} {expiry_text(days)}" for name, days in self.expiring.items()]
         lines += [
             f"run      {line.run:<12} {line.status} after round {line.server_round} {line.details}".rstrip()
             for line in self.runs
@@ -68,7 +68,7 @@ def status(home: Home) -> Status:
     return Status(
         processes={name: None if found is None else found.pid for name, found in processes.items()},
         sites=_sites(home, nodes),
-        expiring=_expiring(home),
+        expiring=expiring(home),
         runs=[
             _run_line(RunRecord(directory=path.parent)) for path in sorted(home.runs.glob(f"*/{SUBMISSION}"))
         ],
@@ -93,14 +93,16 @@ def _sites(home: Home, nodes: list[Node] | None) -> dict[str, str]:
     return {name: "online" if name in present else OFFLINE for name in names}
 
 
-def _expiring(home: Home) -> dict[str, int]:
-    own = certificates.from_pem(home.server_certificate.read_text(encoding="ascii"))
+def expiring(home: Home) -> dict[str, int]:
+    """Returns the days that certificates have left which end within 30 days, by site, or ``gateway``."""
+    own = renewal.current(home)
     ends = {site.name: site.certificate for site in enrolment.newest(home)} | {"gateway": own}
     days = {name: math.floor(certificates.days_left(certificate)) for name, certificate in ends.items()}
     return {name: left for name, left in days.items() if left < certificates.NOTICE_DAYS}
 
 
-def _expiry(days: int) -> str:
+def expiry_text(days: int) -> str:
+    """Returns in words when a certificate ends."""
     return f"its certificate expires in {days} days" if days >= 0 else "its certificate has expired"
 
 

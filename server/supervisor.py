@@ -18,12 +18,13 @@ from filelock import FileLock, Timeout
 
 from common import monitor
 from common.errors import DeploymentError, UserError
-from server import enrolment, flower_state, process, trail
+from server import enrolment, flower_state, process, renewal, trail
 from server.dispatch import Dispatch, watch
 from server.home import Home
 from server.process import Identity
 from server.run_record import open_runs
 from server.services import Service, environment, pid_file, services
+from server.status import expiring, expiry_text
 from server.vitals import Vitals
 
 logger = logging.getLogger("feverfew.supervisor")
@@ -34,6 +35,7 @@ MIN_BACKOFF_SECONDS: Final = 0.5
 MAX_BACKOFF_SECONDS: Final = 30.0
 HEALTHY_SECONDS: Final = 60.0
 """After so long a life the pause before a restart is short again; it doubles with each death before that."""
+ANNOUNCE_SECONDS: Final = 86400.0
 KEYS_SECONDS: Final = 30.0
 """How often it is looked, while a site changes its key, whether the former one can be retired."""
 
@@ -59,6 +61,8 @@ class Supervisor:
     _supervised: list[Supervised] = field(default_factory=list)
     _stopping: bool = False
     _looked_at_keys: float = 0.0
+    _certificate: bytes = b""
+    _announced: float | None = None
 
     def __post_init__(self) -> None:
         self._dispatch = Dispatch(home=self.home)
@@ -68,9 +72,11 @@ class Supervisor:
         """Starts everything, watches it, ends it after SIGTERM or SIGINT.
 
         Raises:
-            UserError: a supervisor runs for this directory already, or a key file is open to others.
+            UserError: a supervisor runs for this directory already, a key file is open to others, or the
+                server certificate has expired.
             DeploymentError: a process does not become ready.
         """
+        renewal.require_valid(self.home)
         self.home.check_secrets()
         try:
             with FileLock(self.home.state / "supervisor.lock", timeout=0):
@@ -87,6 +93,7 @@ class Supervisor:
         assert identity is not None
         identity.write(pid_file(self.home, "supervisor"))
         trail.record_if_possible(self.home, "started")
+        self._certificate = self.home.server_certificate.read_bytes()
         try:
             self._end_leftovers()
             for service in services(self.home):
@@ -104,6 +111,8 @@ class Supervisor:
             end_dispatch, end_monitor = watch(self._dispatch, threading.Event()), self._monitor()
             while not self._stopping:
                 self._look_after()
+                self._take_up_certificate()
+                self._announce_expiry()
                 self._retire_keys()
                 time.sleep(LOOK_SECONDS)
             end_monitor()
@@ -141,9 +150,39 @@ class Supervisor:
             with contextlib.suppress(httpx.HTTPError):
                 self._settle()
 
+    def _take_up_certificate(self) -> None:
+        """Starts the processes again that use the server certificate, when it was renewed.
+
+        Runs and sites wait meanwhile, as when such a process dies; nothing of it is a loss.
+        """
+        found = self.home.server_certificate.read_bytes()
+        if found == self._certificate:
+            return
+        self._certificate = found
+        trail.record_if_possible(self.home, "certificate_taken_up")
+        for place, supervised in enumerate(self._supervised):
+            name = supervised.service.name
+            if name in renewal.USERS and supervised.due is None:
+                end_leftover(self.home, name)
+                supervised.process.wait()
+                self._supervised[place] = self._start(supervised.service)
+                logger.info("%s was started again with the new server certificate", name)
+
+    def _announce_expiry(self) -> None:
+        """Once a day, says in the log which certificates end soon."""
+        now = time.monotonic()
+        if self._announced is not None and now - self._announced < ANNOUNCE_SECONDS:
+            return
+        self._announced = now
+        for name, days in expiring(self.home).items():
+            remedy = f"; feverfew-server renew {self.home.directory}" if name == "gateway" else ""
+            logger.warning("%s: %s%s", name, expiry_text(days), remedy)
+
     def _start(self, service: Service) -> Supervised:
         if service.name == "superlink":
             self._look_at_state()
+        if service.name in renewal.USERS:
+            renewal.current(self.home)  # completes one that was cut off
         workplace = self.home.state / "empty"  # Flower's programs import from their working directory
         workplace.mkdir(mode=0o700, exist_ok=True)
         with (self.home.logs / f"{service.name}.log").open("ab") as log:
