@@ -1,4 +1,4 @@
-"""Verbs of the coordinator: ``feverfew-server init``, ``enroll``, ``revoke``, ``renew``, ``start``, ``submit``, ..."""
+"""Verbs of the coordinator: ``feverfew-server --help`` lists them."""
 
 from __future__ import annotations
 

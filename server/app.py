@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +24,7 @@ from server.aggregation import strategy_of
 from server.checkpoint import RunState
 from server.heads import Heads
 from server.landmarks import OVERRIDE_NAME, Found, LandmarkRound
+from server.revoked import revoked_sites
 from server.rounds import Released, Rounds
 from server.run_record import EVENTS, PLAN, End, RunRecord
 from server.story import Status, report_of
@@ -59,7 +60,14 @@ def main(grid: Grid, context: Context) -> None:
             directory=record.directory,
             heads=Heads(heads),
             engine=engine(),
+            revoked=revoked,
         )
+
+
+def revoked() -> frozenset[str]:
+    """Returns the sites that were revoked; where nobody enrols sites, as in a simulation, none is."""
+    place = os.environ.get("FEVERFEW_CERTIFICATES_DIRECTORY")
+    return frozenset() if place is None else revoked_sites(Path(place))
 
 
 @contextmanager
@@ -90,11 +98,21 @@ def engine() -> str:
     return os.environ.get("FEVERFEW_ENGINE", "deployment")
 
 
-def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Heads, engine: str) -> None:
+def coordinate(
+    grid: Grid,
+    plan: Plan,
+    *,
+    run: str,
+    directory: Path,
+    heads: Heads,
+    engine: str,
+    revoked: Callable[[], frozenset[str]] = frozenset,
+) -> None:
     """Runs a plan over a grid and writes its run directory.
 
     Args:
         heads: what is remembered of the sites' ledgers from run to run.
+        revoked: returns the names of the sites that are let in no more.
 
     Raises:
         QuorumNotReached: the run stopped early; its report and the last good model are written.
@@ -113,6 +131,7 @@ def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Head
         strategy=lambda nodes: strategy_of(plan, nodes=nodes),
         trail=trail,
         heads=heads,
+        revoked=revoked,
         save=lambda state: checkpoint.save_state(checkpoints, state),
     )
     status: Status = "failed"

@@ -19,6 +19,7 @@ from common import durable, schema
 from common.errors import StateError
 from common.exchange import Prepared
 from common.model import FlatArray
+from server.revoked import REVOKED
 
 SCHEMA = 1
 """Of ``state.json``; the first had no mark. Later ones keep ``sha256`` as it is, or count as damaged here."""
@@ -60,7 +61,7 @@ class Attendance:
     def with_problem(self, code: str) -> Attendance:
         """Returns the attendance with one more problem."""
         problems = {**self.problems, code: self.problems.get(code, 0) + 1}
-        is_missing = code == "missing"
+        is_missing = code in ("missing", REVOKED)
         return replace(
             self,
             problems=problems,
