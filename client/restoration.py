@@ -84,7 +84,9 @@ def restore(site: Site, *, plans: Sequence[Plan] | None = None) -> Restoration:
             marker = {"kind": "restore", "task": secrets.token_hex(32), "time": now()}
             marker["code"] = json.dumps([one.hash for one in covered])
             # by our own word alone: a coordinator could claim any number
-            journal.append(marker, number=2 + max(last, own.number if own else 0))
+            journal.append(
+                marker, number=2 + (last + _rows(site, plans) if own is None else max(last, own.number))
+            )
             for plan in plans:
                 for charge in _charges(site, plan, run=f"{RESTORED}-{secrets.token_hex(4)}"):
                     journal.append(charge.row())
@@ -178,14 +180,22 @@ def _is_whole(site: Site, plan: Plan, run: str, remains: Remains) -> bool:
 
 
 def _require_accounted(site: Site, plans: Sequence[Plan], *, missing: int) -> None:
-    """Checks that so many rows can be those of runs of these plans: two for a task, charge and outcome."""
-    rows = sum(2 * _num_tasks(site, plan) for plan in plans)
+    """Checks that so many rows can be those of runs of these plans."""
+    rows = _rows(site, plans)
     if missing > rows:
         raise UserError(
             f"Expected {missing} missing rows to be those of plans that this site keeps, found plans for "
             f"{rows} of them; name with --plan the file of every plan that may have run since, each as often "
             "as it may have run."
         )
+
+
+def _rows(site: Site, plans: Sequence[Plan]) -> int:
+    """Returns how many rows runs of these plans have at most: two for a task, charge and outcome.
+
+    A head within so many rows is covered by what is charged for them, where no second file says more.
+    """
+    return sum(2 * _num_tasks(site, plan) for plan in plans)
 
 
 def _num_tasks(site: Site, plan: Plan) -> int:
