@@ -42,17 +42,17 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs the plan of the run config; a run that was interrupted goes on from its last checkpoint."""
     shorten_backoff()
-    plan = Plan.from_json(str(context.run_config["plan"]))
     run = str(context.run_config["run"])
     record = RunRecord(directory=run_directory(run))
     if record.is_stopped:
         return
     record.directory.mkdir(parents=True, exist_ok=True)
     record.begin_life(context.run_id)
-    largest = max(MIN_REPLY_BYTES, 12 * model.num_parameters(model.build(plan)))
-    bound_messages(largest, max_seconds=UPLOAD_SECONDS)
     heads, key = Path(os.environ["FEVERFEW_HEADS_DIRECTORY"]), Path(os.environ["FEVERFEW_TRAIL_KEY"])
     with noted_end(record), signed(record.directory / EVENTS, run=run, key=key, heads=heads):
+        plan = Plan.from_json(str(context.run_config["plan"]))  # of another schema, after an update
+        largest = max(MIN_REPLY_BYTES, 12 * model.num_parameters(model.build(plan)))
+        bound_messages(largest, max_seconds=UPLOAD_SECONDS)
         coordinate(
             grid,
             plan,
