@@ -118,6 +118,7 @@ def test_a_former_ledger_in_the_place_of_the_one_that_was_made_of_it_is_found(pa
     path.write_bytes(kept)
     with pytest.raises(LedgerError, match="an old copy"), opened(path):
         pass
+    assert path.read_bytes() == kept
 
 
 class Killed(BaseException):
@@ -138,6 +139,8 @@ def test_being_killed_on_the_way_loses_nothing(path: Path, place: str) -> None:
 
     with patch.object(Journal, place, killed), pytest.raises(Killed), opened(path):
         pass
+    with closing(sqlite3.connect(path)) as database:
+        assert unsigned_ledger.is_in(database) == (place != "_opened"), "whole or not at all"
     with opened(path) as ledger:
         assert ledger.spent().value == pytest.approx(FORMER_EPSILON, abs=1e-9)
         ledger.verify_signatures()
