@@ -2,10 +2,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # CI replaces these two: all tests but those for a GPU, under coverage.
-TEST_MARKS ?= not slow and not deployment and not gpu
+TEST_MARKS ?= not slow and not deployment and not gpu and not soak
 RUN ?= pytest --numprocesses 2 --dist loadfile
 
-.PHONY: simulate test check format bench faults fuzz kill docs clean
+.PHONY: simulate test check format bench faults soak fuzz kill docs clean
 
 simulate: $(VENV)/installed
 	$(BIN)/feverfew-simulate $(OVERRIDES)
@@ -34,6 +34,10 @@ fuzz: $(VENV)/installed-dev
 # Every process of a federation killed at every point, disks full, clocks wrong: about fifteen minutes.
 faults: $(VENV)/installed-dev
 	$(BIN)/pytest -m faults tests/test_faults.py
+
+# Two hundred rounds while processes are killed at random: the same bits, and nothing grows; about twenty minutes.
+soak: $(VENV)/installed-dev
+	$(BIN)/pytest -s -m soak tests/test_soak.py
 
 # Two hundred runs of a site that is killed and asked again at random.
 kill: $(VENV)/installed-dev

@@ -8,15 +8,16 @@ import logging.handlers
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from client import coordinator, credential, log, release, rest, skeleton, trail
 from client.agent import open_agent
 from client.site import Site, open_site
-from common import certificates, keys, seal
+from common import certificates, keys, logline, seal
 from common.command import exit_code
 from common.errors import DataError, UserError
 from common.invitation import Invitation
+from common.logline import Format
 from common.plan import Plan
 
 COMMAND = "feverfew-client"
@@ -26,7 +27,8 @@ PATIENT = "as the case table names them; the image's path with patient_is: case;
 def main() -> None:
     """Entry point of ``feverfew-client``."""
     arguments = _parser().parse_args()
-    sys.exit(exit_code(lambda: arguments.verb(arguments), command=COMMAND))
+    tell = logline.tell_errors("agent") if getattr(arguments, "log_format", "text") == "json" else None
+    sys.exit(exit_code(lambda: arguments.verb(arguments), command=COMMAND, tell=tell))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -138,6 +140,9 @@ def _parser() -> argparse.ArgumentParser:
 
     run = verbs.add_parser("run", help="work for the coordinator until stopped")
     run.add_argument("directory", type=Path)
+    run.add_argument(
+        "--log-format", choices=logline.FORMATS, default="text", help="of every line (default: text)"
+    )
     run.set_defaults(verb=_run)
     return parser
 
@@ -302,10 +307,16 @@ def _patient(arguments: argparse.Namespace) -> str:
 def _run(arguments: argparse.Namespace) -> int:
     site = open_site(arguments.directory)
     release.ledger_head(site)  # a broken ledger is said now, not at the first task
-    agent = open_agent(site)
-    _log_to(site)
+    form: Format = arguments.log_format
+    agent = open_agent(site, log_format=form)
     signal.signal(signal.SIGTERM, _leave)
-    agent.run()
+    if form == "json":
+        with logline.own_output(log.kept_apart(site)) as output:
+            _log_to(site, form=form, output=output)
+            agent.run()
+    else:
+        _log_to(site)
+        agent.run()
     return 0
 
 
@@ -327,16 +338,16 @@ def _leave(*_: Any) -> None:
     raise SystemExit(0)
 
 
-def _log_to(site: Site) -> None:
+def _log_to(site: Site, *, form: Format = "text", output: TextIO = sys.stdout) -> None:
     """Sends our log to the terminal and to the site's own file."""
     site.state.mkdir(mode=0o700, exist_ok=True)
     ours = logging.getLogger("feverfew")
     ours.setLevel(logging.INFO)
     for handler in (
-        logging.StreamHandler(sys.stdout),
+        logging.StreamHandler(output),
         logging.handlers.WatchedFileHandler(site.state / "agent.log"),
     ):
-        handler.setFormatter(log.Formatter())
+        handler.setFormatter(log.formatter(form, "agent", site=site.name))
         ours.addHandler(handler)
 
 

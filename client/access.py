@@ -10,6 +10,8 @@ from client import credential
 from client.coordinator import open_coordinator
 from client.credential import Credential
 from client.fleet import Fleet
+from client.proxy import Setting, proxy_to
+from client.route import Route
 
 AGAIN_SECONDS: Final = 30.0
 """A renewed key that is not admitted yet is tried again after this."""
@@ -20,15 +22,17 @@ class Access:
 
     Args:
         site: the directory of the site.
+        proxy: what ``site.yaml`` says about a proxy.
 
     Raises:
-        UserError: the site has no coordinator yet, its certificate has expired, or its key is missing or open
-            to others.
+        UserError: the site has no coordinator yet, its certificate has expired, its key is missing or open
+            to others, or its proxy cannot be used.
     """
 
-    def __init__(self, site: Path) -> None:
+    def __init__(self, site: Path, *, proxy: Setting) -> None:
         self._site = site
         self._coordinator = open_coordinator(site)
+        self._proxy = proxy_to(self._coordinator.address, proxy, directory=site)
         self._used = self._tried = credential.require(site)
         self._due = 0.0
 
@@ -51,4 +55,6 @@ class Access:
 
     def _open(self, used: Credential) -> Fleet:
         tls = used.tls(self._coordinator.certificate)
-        return Fleet(self._coordinator.address, tls=tls, key=used.key)
+        known = self._coordinator
+        route = Route(known.address, authority=known.certificate, tls=tls, proxy=self._proxy)
+        return Fleet(route, key=used.key)

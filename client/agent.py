@@ -9,10 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Final, TypeVar
@@ -21,15 +20,17 @@ import httpx
 from filelock import FileLock, Timeout
 from flwr.app import Context, Error, Message, RecordDict
 
+from client import log as log_lines
 from client import rest, trail
 from client.access import Access
 from client.fleet import Fleet, Task, without_superseded
-from client.patience import MAX_RETRY_SECONDS, is_temporary, persist, reason
+from client.patience import MAX_RETRY_SECONDS, Outage, is_temporary, persist, reason
 from client.site import Site
 from client.vitals import Vitals
-from client.worker import DEFAULT_APP, WORKER_DIED, Worker, forkserver
-from common import flower, monitor
+from client.worker import DEFAULT_APP, WORKER_DIED, Worker, forkserver, shown_run
+from common import flower, logline, monitor
 from common.errors import UserError
+from common.logline import Format
 from common.trail import account
 
 logger = logging.getLogger("feverfew.agent")
@@ -55,7 +56,6 @@ MAX_TASK_BYTES: Final = 2**31
 """Of one task in memory: half a billion parameters."""
 DOWNLOAD_SECONDS: Final = 600.0
 """How long the parts of a task are waited for that the coordinator has begun to send."""
-RUN_NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
 
 
 def pause_seconds(waited_seconds: float) -> float:
@@ -86,6 +86,7 @@ class Agent:
     _configs: dict[int, dict[str, str]] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
     _lost: threading.Event = field(default_factory=threading.Event)
+    _outage: Outage = field(default_factory=Outage)
     _node_id: int = 0
 
     def run(self) -> None:
@@ -146,7 +147,8 @@ class Agent:
                 self._activate()
             tasks = self._waiting_tasks()
             for task in tasks:
-                self._do(task)
+                with logline.about(round=task.server_round):
+                    self._do(task)
                 since = time.monotonic()
             if not tasks:
                 self._change_key()
@@ -171,7 +173,9 @@ class Agent:
         try:
             while (task := self.fleet.receive()) is not None:
                 tasks.append(task)
-        except httpx.ConnectError:
+            self._outage.end()
+        except httpx.ConnectError as error:
+            self._outage.note(error)
             self._stop.wait(MAX_PAUSE_SECONDS)  # nothing was sent, so nothing is lost
         except httpx.TransportError as error:
             logger.warning("an answer of the coordinator was lost (%s), a task perhaps", reason(error))
@@ -228,19 +232,15 @@ class Agent:
         outcome = f"error: {reply.error.reason}" if reply.has_error() else "answered"
         counted = "failed" if reply.has_error() else "answered"
         is_sent = self._send(reply)
-        told = {"run": _shown_run(config), "round": task.server_round, "message": meta.message_type}
+        told = {"run": shown_run(config), "round": task.server_round, "message": meta.message_type}
         trail.record_if_possible(self.site, "sent" if is_sent else "not_sent", **told, outcome=outcome)
         if not is_sent:
             outcome, counted = f"{outcome}, but not delivered", "undelivered"
         self._count(meta.message_type, counted)
-        logger.info(
-            "run %s round %s %s: %s (%.1f s)",
-            _shown_run(config),
-            task.server_round,
-            meta.message_type,
-            outcome,
-            time.monotonic() - begun,
-        )
+        seconds = time.monotonic() - begun
+        told_as = (shown_run(config), task.server_round, meta.message_type, outcome, seconds)
+        with logline.about(run=shown_run(config)):
+            logger.info("run %s round %s %s: %s (%.1f s)", *told_as)
 
     def _answer(self, message: Message, context: Context) -> Message:
         """Returns the worker's reply; a worker that dies over a task is replaced, and the task begun again.
@@ -255,7 +255,7 @@ class Agent:
                 break
             logger.warning("the worker died over a task; beginning it again")
             self.vitals.worker_deaths.inc()
-            trail.record(self.site, "worker_restarted", run=_shown_run(context.run_config), attempt=attempt)
+            trail.record(self.site, "worker_restarted", run=shown_run(context.run_config), attempt=attempt)
         return reply
 
     def _send(self, reply: Message) -> bool:
@@ -360,19 +360,14 @@ class Agent:
             self.vitals.connected.set(0)
 
 
-def _shown_run(config: Mapping[str, object]) -> str:
-    run = str(config.get("run", ""))
-    return run if RUN_NAME.fullmatch(run) else "?"
-
-
-def open_agent(site: Site, *, app: str = DEFAULT_APP) -> Agent:
+def open_agent(site: Site, *, app: str = DEFAULT_APP, log_format: Format = "text") -> Agent:
     """Returns the agent of a site, with its key, its coordinator and a worker for the ClientApp.
 
     Raises:
-        UserError: the site has no coordinator yet, its certificate has expired, or its key is missing or open
-            to others.
+        UserError: the site has no coordinator yet, its certificate has expired, its key is missing or open
+            to others, or its proxy cannot be used.
     """
-    access = Access(site.directory)
+    access = Access(site.directory, proxy=site.settings.proxy)
     log = site.state.resolve() / "agent.log"
     gigabytes = site.settings.max_memory_gigabytes
     worker = Worker(
@@ -381,5 +376,6 @@ def open_agent(site: Site, *, app: str = DEFAULT_APP) -> Agent:
         threads=site.settings.threads,
         memory_bytes=None if gigabytes is None else int(gigabytes * 1e9),
         log=log,
+        formatter=log_lines.formatter(log_format, "worker", site=site.name),
     )
     return Agent(site=site, fleet=access.fleet(), worker=worker, access=access)

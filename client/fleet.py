@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import datetime
-import ssl
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 
+from client.route import Route
 from common import flower, keys
 
 MICROSECOND: Final = datetime.timedelta(microseconds=1)
@@ -37,8 +37,7 @@ class Task:
     @property
     def server_round(self) -> int:
         """The round; 0 where the server's group is none."""
-        group = self.head.metadata.group_id
-        return int(group) if group.isdecimal() and len(group) < 16 else 0
+        return flower.round_of(self.head)
 
 
 def without_superseded(tasks: Iterable[Task]) -> tuple[list[Task], list[Task]]:
@@ -85,14 +84,13 @@ class Fleet:
     """What a site asks of the coordinator, with the site's key; safe to use from two threads.
 
     Args:
-        address: ``host:port`` of the gateway.
-        tls: trusts the coordinator's authority and nothing else, and shows the site's certificate.
+        route: to the gateway, which sees the site's certificate.
         key: the private key of that certificate; every request is signed with it.
     """
 
-    def __init__(self, address: str, *, tls: ssl.SSLContext, key: ec.EllipticCurvePrivateKey) -> None:
+    def __init__(self, route: Route, *, key: ec.EllipticCurvePrivateKey) -> None:
         self._public_key = keys.public_pem(key.public_key())
-        self._client = flower.fleet_client(address, tls=tls, signature=_Signature(key))
+        self._client = flower.fleet_client(route.address, transport=route, signature=_Signature(key))
         self._node = flower.NodeProto(node_id=0)
 
     def activate(self) -> int:

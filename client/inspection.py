@@ -11,7 +11,9 @@ from client.case import Case
 from client.check import Line
 from client.cost import planned_spends
 from client.patience import reason
+from client.proxy import ENVIRONMENT, Proxy, is_overruled, proxy_to
 from client.release import open_ledger
+from client.route import Barred, Route
 from client.site import Site
 from common import certificates
 from common.asked import Asked, Preprocessing
@@ -29,7 +31,7 @@ REFUSED = 403
 
 def lines(site: Site, plan: Plan | None) -> list[Line]:
     """Returns all that is told beside the data."""
-    told = [connection_line(site), *certificate_lines(site), budget_line(site)]
+    told = [*connection_lines(site), *certificate_lines(site), budget_line(site)]
     return told if plan is None else [*told, plan_line(site, plan)]
 
 
@@ -57,23 +59,42 @@ def plan_line(site: Site, plan: Plan) -> Line:
     return Line(name="plan", text=text, level="ok")
 
 
-def connection_line(site: Site) -> Line:
-    """Tries to reach the coordinator's gateway."""
+def connection_lines(site: Site) -> list[Line]:
+    """Tries to reach the coordinator's gateway, through the proxy if there is one."""
     name = "connection"
     try:
         invitation = coordinator.open_coordinator(site.directory)
+        proxy = proxy_to(invitation.address, site.settings.proxy, directory=site.directory)
         tls = credential.require(site.directory).tls(invitation.certificate)
     except UserError as error:
-        return Line(name=name, text=str(error), level="warning")
-    try:
-        answer = httpx.get(f"https://{invitation.address}/", verify=tls, timeout=TIMEOUT_SECONDS)
-    except httpx.HTTPError as error:
-        text = f"{invitation.address} is not reached over TLS ({reason(error)})"
-        return Line(name=name, text=text, level="error")
-    if answer.status_code != REFUSED:
-        text = f"{invitation.address} answers as no gateway does (status {answer.status_code})"
-        return Line(name=name, text=text, level="error")
-    return Line(name=name, text=f"{invitation.address} is reached over TLS")
+        return [Line(name=name, text=str(error), level="warning")]
+    route = Route(invitation.address, authority=invitation.certificate, tls=tls, proxy=proxy)
+    told = _proxy_line(site, proxy, address=invitation.address)
+    with httpx.Client(transport=route, timeout=TIMEOUT_SECONDS, trust_env=False) as client:
+        try:
+            status = client.get(f"https://{invitation.address}/").status_code
+        except httpx.HTTPError as error:
+            text = reason(error)
+            if not isinstance(error, Barred):
+                text = f"{invitation.address} is not reached over TLS ({text})"
+            return [told, Line(name=name, text=text, level="error")]
+    if status != REFUSED:
+        text = f"{invitation.address} answers as no gateway does (status {status})"
+        return [told, Line(name=name, text=text, level="error")]
+    way = "" if proxy is None else " through the proxy, which lets us pass and looks at nothing"
+    return [told, Line(name=name, text=f"{invitation.address} is reached over TLS{way}")]
+
+
+def _proxy_line(site: Site, proxy: Proxy | None, *, address: str) -> Line:
+    """Says what is gone through, and who said so."""
+    if proxy is None:
+        overruled = is_overruled(site.settings.proxy)
+        text = "; HTTPS_PROXY is set, but site.yaml wins" if overruled else ""
+        return Line(name="proxy", text=f"none, straight to {address}{text}")
+    text = str(proxy)
+    if proxy.source == ENVIRONMENT:
+        text += "; the daemon takes this from its own environment: is it set there too?"
+    return Line(name="proxy", text=text)
 
 
 def certificate_lines(site: Site) -> list[Line]:

@@ -6,13 +6,14 @@ import contextlib
 import logging
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from types import TracebackType
 
 from client.site import Site
+from common import logline
+from common.logline import Format
 
-FORMAT = "%(asctime)s %(levelname)s %(message)s"
 ERRORS = "errors.log"
 
 
@@ -20,7 +21,7 @@ class Formatter(logging.Formatter):
     """Writes of an exception its type and the places in the code that it passed, and of what led to it."""
 
     def __init__(self) -> None:
-        super().__init__(FORMAT)
+        super().__init__(logline.TEXT)
 
     def format(self, record: logging.LogRecord) -> str:
         """Returns the lines of a record."""
@@ -31,24 +32,37 @@ class Formatter(logging.Formatter):
         self, info: tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
     ) -> str:
         """Returns an exception without its text."""
-        return "\n".join(line for error in _chain(info[1]) for line in _lines(error))
+        return logline.places(info[1])
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+def formatter(form: Format, process: str, *, site: str) -> logging.Formatter:
+    """Returns the formatter of a site's process; in no form does a line hold the text of an exception."""
+    return logline.JsonFormatter(process, site=site) if form == "json" else Formatter()
 
 
-def _lines(error: BaseException) -> Iterator[str]:
-    yield f"  {type(error).__module__}.{type(error).__qualname__}"
-    for frame in traceback.extract_tb(error.__traceback__):
-        yield f"    {frame.filename}:{frame.lineno} in {frame.name}"
+def kept_apart(site: Site) -> Callable[[str], str]:
+    """Returns what makes a JSON line of any other line that a site's process has written.
+
+    Libraries write what they read, such as the cell of a header: the line goes to ``private/errors.log``,
+    and the log says no more than that.
+    """
+
+    def wrap(text: str) -> str:
+        if logline.is_line(text):
+            return text
+        _keep(site, text)
+        told = f"a library has written something; see {site.private / ERRORS}"
+        return logline.line(told, level="WARNING", logger=logline.OUTPUT, process="agent", site=site.name)
+
+    return wrap
 
 
 def keep_error(site: Site, error: BaseException) -> None:
     """Appends an exception with its text to ``private/errors.log``; a full disk is no further error."""
+    _keep(site, "".join(traceback.format_exception(error)))
 
+
+def _keep(site: Site, text: str) -> None:
     def private(path: str, flags: int) -> int:
         return os.open(path, flags, 0o600)
 
@@ -56,5 +70,4 @@ def keep_error(site: Site, error: BaseException) -> None:
         contextlib.suppress(OSError),
         open(site.private / ERRORS, "a", encoding="utf-8", opener=private) as file,
     ):
-        text = "".join(traceback.format_exception(error))
         file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')}\n{text}\n")

@@ -36,11 +36,27 @@ def auth(authentication: Authentication, *, directory: Path) -> httpx.Auth | Non
         UserError: a file that is missing, that others can read, or that holds something else.
     """
     if isinstance(authentication, Basic):
-        password = _secret(directory / authentication.password_file).rstrip(b"\r\n")
-        return httpx.BasicAuth(authentication.user.encode(), password)
+        secret = _password(authentication, directory=directory)
+        return httpx.BasicAuth(authentication.user.encode(), secret)
     if isinstance(authentication, Token):
         return _Bearer(_token(directory / authentication.token_file))
     return None
+
+
+def password(authentication: Basic, *, directory: Path) -> str:
+    """Returns the password in the file that holds it.
+
+    Raises:
+        UserError: the file is missing, others can read it, or it holds no text.
+    """
+    try:
+        return _password(authentication, directory=directory).decode()
+    except UnicodeDecodeError:
+        raise ConfigError("Expected text in the file that password_file names, found other bytes.") from None
+
+
+def _password(authentication: Basic, *, directory: Path) -> bytes:
+    return _secret(directory / authentication.password_file).rstrip(b"\r\n")
 
 
 def _token(path: Path) -> str:

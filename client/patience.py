@@ -10,6 +10,7 @@ from typing import Final, TypeVar
 
 import httpx
 
+from client.route import Barred
 from common import flower
 
 logger = logging.getLogger("feverfew.agent")
@@ -32,11 +33,31 @@ def reason(error: Exception) -> str:
     """Returns an error in a few words for the site's log."""
     if isinstance(error, httpx.HTTPStatusError):
         return flower.refusal_text(error)
+    if isinstance(error, Barred):
+        return str(error)
     if isinstance(error, httpx.RemoteProtocolError):  # all that is seen of a certificate that is not taken
         return "closed without an answer; is the certificate still valid? see feverfew-client check"
-    if isinstance(error, httpx.ConnectError) and "certificate has expired" in str(error):
-        return "its certificate has expired; the coordinator has to run feverfew-server renew"
     return type(error).__name__
+
+
+class Outage:
+    """Says in the log that the other side is away, each reason once, and that it is back."""
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def note(self, error: Exception) -> None:
+        """Says why a request failed, if it is not known yet."""
+        why = reason(error)
+        if why not in self._told:
+            logger.warning("no answer from the coordinator (%s); trying again", why)
+        self._told.add(why)
+
+    def end(self) -> None:
+        """Says that the other side answers again, if it was away."""
+        if self._told:
+            logger.info("the coordinator answers again")
+        self._told.clear()
 
 
 def persist(request: Callable[[], Answer], *, stop: threading.Event, seconds: float = float("inf")) -> Answer:
@@ -50,19 +71,16 @@ def persist(request: Callable[[], Answer], *, stop: threading.Event, seconds: fl
     Raises:
         httpx.HTTPError: the last error; one that will not pass is raised at once.
     """
-    begun, delay, failures = time.monotonic(), MIN_RETRY_SECONDS, 0
+    begun, delay, outage = time.monotonic(), MIN_RETRY_SECONDS, Outage()
     while True:
         try:
             answer = request()
         except httpx.HTTPError as error:
             if not is_temporary(error) or time.monotonic() - begun >= seconds or stop.is_set():
                 raise
-            if failures == 0:
-                logger.warning("no answer from the coordinator (%s); trying again", reason(error))
-            failures += 1
+            outage.note(error)
         else:
-            if failures:
-                logger.info("the coordinator answers again")
+            outage.end()
             return answer
         stop.wait(delay)
         delay = min(2 * delay, MAX_RETRY_SECONDS)

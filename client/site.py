@@ -14,6 +14,7 @@ from client.case import PatientIs
 from client.listing import Listing
 from client.pacs_settings import Pacs
 from client.policies import Policy
+from client.proxy import Setting as ProxySetting
 from client.rest import Hours
 from client.rules import Fraction, Rules
 from common.errors import ConfigError, DataError
@@ -72,7 +73,17 @@ class SiteSettings(Value):
     max_memory_gigabytes: Positive | None
     hours: Hours | None
     monitor_port: Annotated[int, Field(ge=1, le=65535)] | None
+    proxy: ProxySetting
     max_cache_gigabytes: Positive
+
+    @model_validator(mode="before")
+    @classmethod
+    def _proxy_is_no_text(cls, tree: object) -> object:
+        # Here and not at the field, whose message would repeat the text, which may hold a password.
+        proxy = tree.get("proxy") if isinstance(tree, dict) else None
+        if isinstance(proxy, str) and proxy != "environment":
+            raise ValueError("expected proxy to be environment, null, or url and more, found another text")
+        return tree
 
     @model_validator(mode="after")
     def _a_study_has_one_budget(self) -> Self:

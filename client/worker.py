@@ -12,12 +12,13 @@ import logging
 import logging.handlers
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -27,7 +28,7 @@ from flwr.app import Context, Error, Message
 
 from client import crew
 from client import log as log_lines
-from common import flower
+from common import flower, logline
 from common.errors import DeploymentError
 
 logger = logging.getLogger("feverfew.worker")
@@ -50,6 +51,7 @@ CODES: Final = {
 
 DEFAULT_APP: Final = "client.app:app"
 PING: Final = b""
+RUN_NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
 KILL_SECONDS: Final = 5.0
 
 
@@ -76,6 +78,7 @@ class Worker:
         threads: number of torch threads of the process.
         memory_bytes: the most data that the process may hold in memory; None for no limit.
         log: where the process writes what went wrong, tracebacks included; None is standard error.
+        formatter: makes the lines of that log; None is text.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Worker:
         threads: int,
         memory_bytes: int | None = None,
         log: Path | None = None,
+        formatter: logging.Formatter | None = None,
     ) -> None:
         if context.get_start_method() == "fork":
             raise ValueError("Expected a multiprocessing context of forkserver or spawn, found fork.")
@@ -94,6 +98,7 @@ class Worker:
         self._threads = threads
         self._memory_bytes = memory_bytes
         self._log = log
+        self._formatter = formatter or log_lines.Formatter()
         self._process: Any = None
         self._connection: Connection | None = None
         self._message: Message | None = None
@@ -204,7 +209,7 @@ class Worker:
 
     def _begin(self) -> None:
         self._connection, theirs = multiprocessing.Pipe()
-        arguments = (theirs, self._app, self._threads, self._memory_bytes, self._log)
+        arguments = (theirs, self._app, self._threads, self._memory_bytes, self._log, self._formatter)
         self._process = self._context.Process(target=_serve, args=arguments, daemon=True)  # type: ignore[attr-defined]
         self._process.start()
         theirs.close()  # so that the end of the process is the end of the pipe
@@ -237,7 +242,12 @@ def load(reference: str) -> Any:
 
 
 def _serve(
-    connection: Connection, reference: str, threads: int, memory_bytes: int | None, log: Path | None
+    connection: Connection,
+    reference: str,
+    threads: int,
+    memory_bytes: int | None,
+    log: Path | None,
+    formatter: logging.Formatter,
 ) -> None:
     """Main function of the child process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches us too; the parent decides
@@ -245,7 +255,7 @@ def _serve(
     threading.Thread(target=crew.die_with_parent, daemon=True).start()
     handler = logging.StreamHandler() if log is None else logging.handlers.WatchedFileHandler(log)
     # force: what the fork server has imported (Opacus) may have set up the log already
-    handler.setFormatter(log_lines.Formatter())
+    handler.setFormatter(formatter)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     logging.getLogger("feverfew").setLevel(logging.INFO)
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -261,7 +271,14 @@ def _serve(
                 connection.send_bytes(PING if app is not None else APP_NOT_LOADED.encode())
                 continue
             context, message = flower.unpack_context(first), flower.unpack_message(connection.recv_bytes())
-            connection.send_bytes(flower.pack_message(_answer(app, message, context)))
+            with logline.about(run=shown_run(context.run_config), round=flower.round_of(message)):
+                connection.send_bytes(flower.pack_message(_answer(app, message, context)))
+
+
+def shown_run(config: Mapping[str, object]) -> str:
+    """Returns our id of a run for a log, if it is one."""
+    run = str(config.get("run", ""))
+    return run if RUN_NAME.fullmatch(run) else "?"
 
 
 def _load_or_none(reference: str) -> Any:

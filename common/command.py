@@ -8,17 +8,21 @@ from collections.abc import Callable
 from common.errors import FeverfewError, UserError
 
 
-def exit_code(action: Callable[[], int], *, command: str) -> int:
-    """Runs a command; one clear line on standard error for an error of ours, a traceback for a defect.
+def exit_code(action: Callable[[], int], *, command: str, tell: Callable[[str], None] | None = None) -> int:
+    """Runs a command; one clear line for an error of ours, a traceback for a defect.
+
+    Args:
+        tell: takes that line; None is standard error.
 
     Returns:
         What the action returns, 2 for a ``UserError``, 1 for other errors of ours, 130 for Ctrl-C.
     """
+    say = tell or (lambda text: print(text, file=sys.stderr))
     try:
         return action()
     except FeverfewError as error:
-        print(f"{command}: {error}", file=sys.stderr)
+        say(f"{command}: {error}")
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
+        say(f"{command}: interrupted")
         return 130

@@ -145,6 +145,7 @@ __all__ = [
     "push_objects",
     "refusal_text",
     "remove_content_from_message",
+    "round_of",
     "run_from_proto",
     "set_identity",
     "shorten_backoff",
@@ -159,6 +160,9 @@ HEARTBEAT_SECONDS = 10.0
 
 BACKOFF_SECONDS = 0.05
 """First wait when a message is seen before its objects; Flower's is 1 s. It doubles up to 10 s."""
+
+REQUEST_SECONDS = 30.0
+"""For each step of a request; as in Flower."""
 
 SIGNATURE_HEADERS = (FLEET_HTTP_PUBLIC_KEY_HEADER, TIMESTAMP_HEADER, FLEET_HTTP_SIGNATURE_HEADER)
 """The headers with which a site proves that it is the one that it says: key, time, signature of the time."""
@@ -196,6 +200,12 @@ def assign_id(message: Message) -> str:
     """Gives a message its id, the hash of its content, which replies to it will carry; returns it."""
     message.metadata.__dict__["_message_id"] = message.object_id
     return str(message.object_id)
+
+
+def round_of(message: Message) -> int:
+    """Returns the round that a message belongs to; 0 where its group is none."""
+    group = message.metadata.group_id
+    return int(group) if group.isdecimal() and len(group) < 16 else 0
 
 
 def shorten_backoff() -> None:
@@ -280,12 +290,28 @@ def build_bundle(directory: Path) -> bytes:
 
 def control_client(address: str, *, tls: ssl.SSLContext) -> Any:
     """Returns a client of a SuperLink's Control API."""
-    return ControlHttpClient(f"https://{address}", verify=tls)
+    return _over(httpx.HTTPTransport(verify=tls, trust_env=False), ControlHttpClient, address)
 
 
-def fleet_client(address: str, *, tls: ssl.SSLContext, signature: Any) -> Any:
+def fleet_client(address: str, *, transport: httpx.BaseTransport, signature: Any) -> Any:
     """Returns a client of a SuperLink's Fleet API; ``signature`` sees every request before it is sent."""
-    return FleetHttpClient(f"https://{address}", interceptors=[signature], verify=tls)
+    return _over(transport, FleetHttpClient, address, interceptors=(signature,))
+
+
+def _over(
+    transport: httpx.BaseTransport, kind: type[Any], address: str, *, interceptors: tuple[Any, ...] = ()
+) -> Any:
+    """Returns a client of Flower's that goes over a transport of ours.
+
+    Its own constructor takes proxies and passwords from the environment, and lets the other end send it
+    elsewhere.
+    """
+    made: Any = object.__new__(kind)
+    made._base_url, made._interceptors, made._retry_invoker = f"https://{address}", interceptors, None
+    made._client = httpx.Client(
+        transport=transport, timeout=REQUEST_SECONDS, trust_env=False, follow_redirects=False
+    )
+    return made
 
 
 def refusal_text(error: httpx.HTTPStatusError) -> str:

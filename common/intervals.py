@@ -81,7 +81,9 @@ def _head_interval(
 ) -> tuple[float, float]:
     pairs = classes.num_pairs
     values = np.linspace(0.0, 1.0, INTERVAL_GRID_POINTS)
-    distance = classes.ordered_pairs - values * pairs
+    # Noise may put more pairs in order than there are; to move the sum to what is possible brings it nearer
+    # to the truth, whatever that is, and keeps the interval from shrinking to nothing.
+    distance = np.clip(classes.ordered_pairs, 0.0, pairs) - values * pairs
     sampling = pairs**2 * _model_variance(values, classes) * _excess(classes, point)
     variance = sampling + _noise_variance(values, classes, noise_std)
     kept = values[distance**2 <= quantile**2 * variance]

@@ -24,6 +24,7 @@ class Aggregation(Value):
 
     weights: Literal["equal", "nominal", "examples"]
     server_learning_rate: Positive
+    server_momentum: Annotated[float, Field(ge=0, lt=1)]
     update_bound: Annotated[float, Field(gt=0, le=1024)]
     max_update_norm: Positive | None
 

@@ -6,9 +6,10 @@ import argparse
 import json
 import logging
 import sys
+from functools import partial
 from pathlib import Path
 
-from common import seal
+from common import logline, seal
 from common.command import exit_code
 from common.config import compose_plan
 from common.errors import DataError, UserError
@@ -26,7 +27,8 @@ COMMAND = "feverfew-server"
 def main() -> None:
     """Entry point of ``feverfew-server``."""
     arguments = _parser().parse_args()
-    sys.exit(exit_code(lambda: arguments.verb(arguments), command=COMMAND))
+    tell = logline.tell_errors("supervisor") if getattr(arguments, "log_format", "text") == "json" else None
+    sys.exit(exit_code(lambda: arguments.verb(arguments), command=COMMAND, tell=tell))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,6 +61,9 @@ def _parser() -> argparse.ArgumentParser:
 
     start = verbs.add_parser("start", help="run the coordinator in the foreground until stopped")
     start.add_argument("home", type=Path)
+    start.add_argument(
+        "--log-format", choices=logline.FORMATS, default="text", help="of every line (default: text)"
+    )
     start.set_defaults(verb=_start)
 
     plan = verbs.add_parser("plan", help="compose a plan from conf/ and overrides")
@@ -149,9 +154,14 @@ def _renew(arguments: argparse.Namespace) -> int:
 
 
 def _start(arguments: argparse.Namespace) -> int:
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    Supervisor(home=open_home(arguments.home)).run(say=lambda text: print(text, flush=True))
+    supervisor = Supervisor(home=open_home(arguments.home), log_format=arguments.log_format)
+    if arguments.log_format == "json":
+        with logline.own_output(partial(logline.wrapped, process="supervisor")) as output:
+            logline.start("supervisor", form="json", output=output)
+            supervisor.run(say=logging.getLogger("feverfew.supervisor").info)
+    else:
+        logline.start("supervisor", form="text", output=sys.stdout)
+        supervisor.run(say=lambda text: print(text, flush=True))
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from safetensors.numpy import save
 
-from common import durable, model
+from common import durable, logline, model
 from common.errors import FeverfewError, QuorumNotReached
 from common.flower import bound_messages, shorten_backoff
 from common.plan import Plan
@@ -42,6 +43,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs the plan of the run config; a run that was interrupted goes on from its last checkpoint."""
     shorten_backoff()
+    if os.environ.get(logline.VARIABLE) == "json":
+        logline.start_ours("serverapp", output=sys.stdout)
     run = str(context.run_config["run"])
     record = RunRecord(directory=run_directory(run))
     if record.is_stopped:
@@ -49,7 +52,11 @@ def main(grid: Grid, context: Context) -> None:
     record.directory.mkdir(parents=True, exist_ok=True)
     record.begin_life(context.run_id)
     heads, key = Path(os.environ["FEVERFEW_HEADS_DIRECTORY"]), Path(os.environ["FEVERFEW_TRAIL_KEY"])
-    with noted_end(record), signed(record.directory / EVENTS, run=run, key=key, heads=heads):
+    with (
+        logline.about(run=run),
+        noted_end(record),
+        signed(record.directory / EVENTS, run=run, key=key, heads=heads),
+    ):
         plan = Plan.from_json(str(context.run_config["plan"]))  # of another schema, after an update
         largest = max(MIN_REPLY_BYTES, 12 * model.num_parameters(model.build(plan)))
         bound_messages(largest, max_seconds=UPLOAD_SECONDS)

@@ -23,6 +23,7 @@ from server.revoked import REVOKED
 
 SCHEMA = 1
 """Of ``state.json``; the first had no mark. Later ones keep ``sha256`` as it is, or count as damaged here."""
+_TENSORS = ("parameters", "velocity")
 _KEPT = 2  # if the newest is damaged, the one before still is there
 
 
@@ -74,6 +75,7 @@ class Attendance:
 class RunState:
     """The state of a run after ``server_round`` rounds. parameters: float32, (num_parameters,).
 
+    ``velocity``: what ``strategy.server_momentum`` has gathered, as ``parameters``; None where there is none.
     ``waiting_since``: the sites that wait for a person's approval, and when they said so first (UTC).
     """
 
@@ -88,6 +90,7 @@ class RunState:
     sites: dict[str, Prepared] = field(default_factory=dict)
     attendance: dict[str, Attendance] = field(default_factory=dict)
     waiting_since: dict[str, str] = field(default_factory=dict)
+    velocity: FlatArray | None = None
 
 
 def save_state(directory: Path, state: RunState) -> None:
@@ -96,8 +99,9 @@ def save_state(directory: Path, state: RunState) -> None:
     temporary = directory / f".{state.server_round:06d}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
-    parameters = save({"parameters": state.parameters})
-    tree = {name: value for name, value in asdict(state).items() if name != "parameters"}
+    tensors = {name: getattr(state, name) for name in _TENSORS if getattr(state, name) is not None}
+    parameters = save(tensors)
+    tree = {name: value for name, value in asdict(state).items() if name not in _TENSORS}
     tree["schema"] = SCHEMA
     tree["sha256"] = checksum(tree, parameters=parameters)
     _write(temporary / "parameters.safetensors", parameters)
@@ -154,7 +158,8 @@ def _load(path: Path) -> RunState | None:
             return None
         schema.require(tree.pop("schema", SCHEMA), newest=SCHEMA, what=f"the checkpoint {path}")
         datetime.fromisoformat(tree["started"])
-        tree["parameters"] = load(data)["parameters"]
+        tensors = load(data)
+        tree |= {"parameters": tensors["parameters"], "velocity": tensors.get("velocity")}
         return TypeAdapter(RunState).validate_python(tree)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None

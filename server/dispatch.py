@@ -18,6 +18,7 @@ from typing import Final
 
 import httpx
 
+from common import logline
 from common.flower import refusal_text
 from common.trail import Trail
 from server import bundle, checkpoint, enrolment, process, trail
@@ -71,12 +72,16 @@ class Dispatch:
         if not self._knows_sites:  # the SuperLink's data base may be a new one
             self._knows_sites = enrolment.settle_now(self.home)
         for record, submission in open_runs(self.home.runs):
-            if submission.flower_run == 0:
-                self._start(record, submission)
-            elif self._is_lost(record, submission):
-                self._note_loss(record, submission)
-            elif time.monotonic() >= self._due.get(record.run, float("inf")):
-                self._start(record, submission)
+            with logline.about(run=record.run):
+                self._look_at(record, submission)
+
+    def _look_at(self, record: RunRecord, submission: Submission) -> None:
+        if submission.flower_run == 0:
+            self._start(record, submission)
+        elif self._is_lost(record, submission):
+            self._note_loss(record, submission)
+        elif time.monotonic() >= self._due.get(record.run, float("inf")):
+            self._start(record, submission)
 
     def restarted(self, name: str) -> None:
         """Tells every open run that a process of the coordinator was started again."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import httpx
 import uvicorn
@@ -19,7 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from common import flower
+from common import flower, logline
 from server import admission
 from server.admission import Admission, Denial, admit
 from server.connection import Connection, Hall, require_certificates
@@ -29,6 +30,7 @@ from server.home import Home, open_home
 from server.nodes import Nodes
 from server.peer import Peer
 from server.refusals import Refusals
+from server.traffic import TELL_SECONDS, Traffic
 
 logger = logging.getLogger("feverfew.gateway")
 
@@ -51,6 +53,7 @@ class Gateway:
         hall: who is connected, and what was refused.
         upstream: asks the SuperLink.
         close: called at the end.
+        tell: told every second what was passed and refused.
     """
 
     def __init__(
@@ -60,22 +63,24 @@ class Gateway:
         hall: Hall,
         upstream: httpx.AsyncClient,
         close: Callable[[], None],
+        tell: Callable[[Traffic], None],
     ) -> None:
         self._admission = admission
         self._hall = hall
         self._upstream = upstream
         self._close = close
+        self._tell = tell
         self._passed = 0
 
     @property
-    def figures(self) -> dict[str, Any]:
-        """What happened since the start, for JSON: requests passed, refusals by reason, sites connected."""
-        return {
-            "passed": self._passed,
-            "refused": dict(self._hall.refusals.counts),
-            "connections": self._hall.present.total(),
-            "sites": len(self._hall.present),
-        }
+    def traffic(self) -> Traffic:
+        """What happened since the start."""
+        return Traffic(
+            passed=self._passed,
+            refused=dict(self._hall.refusals.counts),
+            connections=self._hall.present.total(),
+            sites=len(self._hall.present),
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -92,10 +97,18 @@ class Gateway:
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()
         await send({"type": "lifespan.startup.complete"})
+        telling = asyncio.create_task(self._keep_telling())
         await receive()
+        telling.cancel()
+        self._tell(self.traffic)
         await self._upstream.aclose()
         self._close()
         await send({"type": "lifespan.shutdown.complete"})
+
+    async def _keep_telling(self) -> None:
+        while True:
+            self._tell(self.traffic)
+            await asyncio.sleep(TELL_SECONDS)
 
     async def _respond(self, request: Request, peer: Peer) -> Response:
         scope = request.scope
@@ -110,7 +123,8 @@ class Gateway:
                 self._passed += 1
                 return await self._forward(target.decode("ascii"), request, body)
             body = denial
-        self._hall.refusals.note(body.reason, who=peer.name, what=ascii(target[:200]))
+        with logline.about(site=peer.name):
+            self._hall.refusals.note(body.reason, who=peer.name, what=ascii(target[:200]))
         # The connection is closed, so that what is left of a body is not taken for a request.
         closing = {"connection": "close"}
         if not body.detail:
@@ -166,6 +180,7 @@ def build(home: Home) -> uvicorn.Server:
         hall=hall,
         upstream=upstream,
         close=marks.close,
+        tell=lambda traffic: traffic.write(home.traffic),
     )
     config = uvicorn.Config(
         gateway,
@@ -184,6 +199,7 @@ def build(home: Home) -> uvicorn.Server:
         proxy_headers=False,
         access_log=False,
         log_level="warning",
+        log_config=None,  # its lines are like ours
     )
     config.load()
     assert config.ssl is not None
@@ -198,8 +214,8 @@ def registered(home: Home) -> Mapping[bytes, int]:
 
 
 def main() -> None:
-    logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    form: logline.Format = "json" if os.environ.get(logline.VARIABLE) == "json" else "text"
+    logline.start("gateway", form=form, output=sys.stdout)
     build(open_home(Path(sys.argv[1]))).run()
 
 

@@ -102,6 +102,11 @@ class Home:
         return self.directory / "state"
 
     @property
+    def traffic(self) -> Path:
+        """What the gateway has passed and refused."""
+        return self.state / "gateway.traffic"
+
+    @property
     def internal_address(self) -> str:
         """``host:port`` of the SuperLink."""
         return f"{LOOPBACK}:{self.settings.internal_port}"

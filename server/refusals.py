@@ -12,6 +12,25 @@ logger = logging.getLogger("feverfew.gateway")
 LINES_A_SECOND: Final = 10
 """Whoever can reach the port can make it refuse; more lines than this are only counted."""
 
+REASONS: Final = (
+    *("tls", "certificate", "connections", "slow"),
+    *(
+        "path",
+        "method",
+        "size",
+        "revoked",
+        "deny list",
+        "expired",
+        "rate",
+        "key",
+        "signature",
+        "time",
+        "replay",
+    ),
+    *("malformed", "node", "superlink"),
+)
+"""Why a connection, a head or a body is refused; docs/operation.md explains each."""
+
 
 class Refusals:
     """Counts since the start of the process. ``counts``: number of refusals by reason."""
@@ -26,7 +45,7 @@ class Refusals:
         """Counts a refusal and logs it, unless too many were logged in this second.
 
         Args:
-            reason: a word; there are few of them.
+            reason: one of ``REASONS``.
             who: a site's name, an address.
             what: what was asked, printable.
         """

@@ -18,7 +18,6 @@ from common.errors import InvalidReply, QuorumNotReached
 from common.exchange import Prepared, Task
 from common.measure import Statistic
 from common.metrics import Histogram, Scores
-from common.model import FlatArray
 from common.plan import NoPrivacy, Plan
 from common.trail import Trail
 from server import approvals
@@ -28,6 +27,7 @@ from server.mailbox import NOT_READABLE, Mailbox
 from server.norm import largest_norm
 from server.revoked import REVOKED
 from server.roster import Roster
+from server.strategy import descended
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +133,10 @@ class Rounds:
             sites_valid=len(valid),
             train_loss=None if loss is None else float(str(loss)),
         )
-        step = arrays["update"].numpy() * plan.strategy.server_learning_rate
-        parameters: FlatArray = (self.state.parameters + step).astype("float32")
-        self.state = replace(self.state, server_round=server_round, parameters=parameters)
+        parameters, velocity = descended(
+            self.state.parameters, self.state.velocity, arrays["update"].numpy(), asked=plan.strategy
+        )
+        self.state = replace(self.state, server_round=server_round, parameters=parameters, velocity=velocity)
         if server_round in plan.validation_rounds:
             record_of_round = self._validated(record_of_round)
         self.state = replace(self.state, rounds=(*self.state.rounds, record_of_round))

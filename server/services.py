@@ -14,6 +14,8 @@ from typing import Final
 
 import httpx
 
+from common import logline
+from common.logline import Format
 from server.home import LOOPBACK, Home
 
 TASK_POLL_SECONDS: Final = 0.25
@@ -70,9 +72,13 @@ def services(home: Home) -> tuple[Service, ...]:
     )
 
 
-def environment(home: Home) -> dict[str, str]:
-    """Returns the environment of the coordinator's processes: nothing is asked of the internet."""
-    return os.environ | {
+def environment(home: Home, *, log_format: Format) -> dict[str, str]:
+    """Returns the environment of the coordinator's processes: nothing is asked of the internet.
+
+    They speak with each other over loopback only, where a proxy has no place, whatever names one.
+    """
+    kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
+    return kept | {
         # Flower finds its own programs through PATH.
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "FLWR_HOME": str(home.state / "flower"),
@@ -80,11 +86,12 @@ def environment(home: Home) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": str(TASK_POLL_SECONDS),
-        "NO_PROXY": f"{LOOPBACK},localhost",
+        "NO_PROXY": "*",
         RUN_DIRECTORY: str(home.runs / "{run}"),
         HEADS_DIRECTORY: str(home.heads),
         TRAIL_KEY: str(home.trail_key),
         CERTIFICATES_DIRECTORY: str(home.sites),
+        logline.VARIABLE: log_format,
     }
 
 

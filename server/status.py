@@ -53,7 +53,7 @@ class Status:
             for name, pid in self.processes.items()
         ]
         lines += [f"site     {name:<12} {state}" for name, state in self.sites.items()]
-        lines += [f"expiry   {name:<12} {expiry_text(days)}" for name, days in self.expiring.items()]
+        lines += [f"expiry   {name:<12} {_expiry(days)}" for name, days in self.expiring.items()]
         lines += [
             f"run      {line.run:<12} {line.status} after round {line.server_round} {line.details}".rstrip()
             for line in self.runs
@@ -101,8 +101,13 @@ def expiring(home: Home) -> dict[str, int]:
     return {name: left for name, left in days.items() if left < certificates.NOTICE_DAYS}
 
 
-def expiry_text(days: int) -> str:
-    """Returns in words when a certificate ends."""
+def expiry_notices(home: Home) -> list[str]:
+    """Returns a line for each certificate that ends soon, with what to do about the coordinator's own."""
+    remedy = {"gateway": f"; feverfew-server renew {home.directory}"}
+    return [f"{name}: {_expiry(days)}{remedy.get(name, '')}" for name, days in expiring(home).items()]
+
+
+def _expiry(days: int) -> str:
     return f"its certificate expires in {days} days" if days >= 0 else "its certificate has expired"
 
 

@@ -12,6 +12,7 @@ from flwr.serverapp.strategy import Strategy
 
 from common import exchange
 from common.model import FlatArray
+from common.strategy import Aggregation
 
 _LARGEST_TOTAL_WEIGHT_BITS = 28  # 268 million patients over all sites
 
@@ -47,6 +48,25 @@ class FixedPointSum:
     def mean(self) -> FlatArray:
         """Returns the weighted mean, float32, (size,); of nothing it is zero."""
         return (self._sum / (self._scale * max(self._weight, 1))).astype(np.float32)
+
+
+def descended(
+    parameters: FlatArray, velocity: FlatArray | None, update: FlatArray, *, asked: Aggregation
+) -> tuple[FlatArray, FlatArray | None]:
+    """Returns the model after a round's update, and the velocity, which the next round goes on from.
+
+    Without momentum there is no velocity. All arrays: float32, (num_parameters,).
+
+    Source: Hsu et al. (2019), Measuring the Effects of Non-Identical Data Distribution (FedAvgM).
+    """
+    if not asked.server_momentum:
+        velocity = None
+    elif velocity is None:
+        velocity = update
+    else:
+        velocity = np.float32(asked.server_momentum) * velocity + update
+    step = update if velocity is None else velocity
+    return (parameters + step * asked.server_learning_rate).astype(np.float32), velocity
 
 
 class FedAvg(Strategy):  # type: ignore[misc]

@@ -11,20 +11,22 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 import httpx
 from filelock import FileLock, Timeout
 
-from common import monitor
+from common import logline, monitor
 from common.errors import DeploymentError, UserError
+from common.logline import Format
 from server import enrolment, flower_state, process, renewal, trail
 from server.dispatch import Dispatch, watch
 from server.home import Home
 from server.process import Identity
 from server.run_record import open_runs
 from server.services import Service, environment, pid_file, services
-from server.status import expiring, expiry_text
+from server.status import expiry_notices
 from server.vitals import Vitals
 
 logger = logging.getLogger("feverfew.supervisor")
@@ -53,9 +55,10 @@ class Supervised:
 
 @dataclass(kw_only=True)
 class Supervisor:
-    """Runs the coordinator's processes in the foreground."""
+    """Runs the coordinator's processes in the foreground. ``log_format``: of its lines, and of theirs."""
 
     home: Home
+    log_format: Format = "text"
     _dispatch: Dispatch = field(init=False)
     _vitals: Vitals = field(init=False)
     _supervised: list[Supervised] = field(default_factory=list)
@@ -174,9 +177,8 @@ class Supervisor:
         if self._announced is not None and now - self._announced < ANNOUNCE_SECONDS:
             return
         self._announced = now
-        for name, days in expiring(self.home).items():
-            remedy = f"; feverfew-server renew {self.home.directory}" if name == "gateway" else ""
-            logger.warning("%s: %s%s", name, expiry_text(days), remedy)
+        for told in expiry_notices(self.home):
+            logger.warning("%s", told)
 
     def _start(self, service: Service) -> Supervised:
         if service.name == "superlink":
@@ -185,20 +187,31 @@ class Supervisor:
             renewal.current(self.home)  # completes one that was cut off
         workplace = self.home.state / "empty"  # Flower's programs import from their working directory
         workplace.mkdir(mode=0o700, exist_ok=True)
-        with (self.home.logs / f"{service.name}.log").open("ab") as log:
+        log = self._log_of(service)
+        try:
             child = subprocess.Popen(
                 service.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=workplace,
-                env=environment(self.home),
+                env=environment(self.home, log_format=self.log_format),
                 start_new_session=True,  # Ctrl-C is for the supervisor, which ends them in order
             )
+        finally:
+            os.close(log)
         identity = Identity.of(child.pid)
         if identity is not None:
             identity.write(pid_file(self.home, service.name))
         return Supervised(service=service, process=child, begun=time.monotonic())
+
+    def _log_of(self, service: Service) -> int:
+        """Returns where a process writes to: its log, through a thread of ours where that is JSON."""
+        path = self.home.logs / f"{service.name}.log"
+        log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        if self.log_format == "json":
+            return logline.funnel(log, partial(logline.wrapped, process=service.name))[0]
+        return log
 
     def _look_at_state(self) -> None:
         aside = flower_state.set_aside_if_damaged(self.home.state / "superlink.db")

@@ -16,7 +16,7 @@ from common import calibration, model
 from common.calibration import Mechanism
 from common.errors import ConfigError
 from common.plan import DpSgd, Plan
-from server.strategy import FixedPointSum
+from server.strategy import FixedPointSum, descended
 from simulations import audit
 from simulations.audit import Guesses
 from simulations.books import Books
@@ -152,7 +152,7 @@ def _train(
     """Returns the sum of the first site's updates, and the change of the global model over the run."""
     network = model.build(plan)
     start = model.flatten(network)
-    parameters, released = start, np.zeros(len(start))
+    parameters, velocity, released = start, None, np.zeros(len(start))
     theirs = [canaries] + [nobody(first_label=canaries.first_label)] * (len(parts) - 1)
     for server_round in range(1, plan.rounds + 1):
         books.charge(mechanism.training(plan.training.local_steps), server_round=server_round)
@@ -165,7 +165,7 @@ def _train(
             )
             mean.add(trained.update, weight=1)
             released += trained.update if number == 0 else 0.0
-        parameters = parameters + np.float32(plan.strategy.server_learning_rate) * mean.mean()
+        parameters, velocity = descended(parameters, velocity, mean.mean(), asked=plan.strategy)
         on_round(server_round, plan.rounds)
     return released, parameters.astype(np.float64) - start
 

@@ -15,6 +15,7 @@ from client import patience, skeleton, trail
 from client.agent import Agent, open_agent
 from client.fleet import Task, without_superseded
 from client.patience import is_temporary
+from client.route import Barred
 from client.site import Site, open_site
 from client.worker import Worker, forkserver
 from common import flower
@@ -261,6 +262,23 @@ def test_a_coordinator_that_is_away_loses_nothing(
     fleet.waiting = [tiny.task("train")]
     run_until(agent, lambda: len(fleet.replies) == 1)
     assert fleet.calls.count("activate") == 1
+
+
+def test_a_way_that_is_barred_is_told_once_for_each_reason_and_so_is_its_end(
+    agent: Agent, fleet: ScriptedFleet, caplog: pytest.LogCaptureFixture
+) -> None:
+    reasons = ("forbids", "forbids", "is broken open", "forbids")
+    fleet.failures = {"receive": [Barred(f"the proxy {why}") for why in reasons]}
+    fleet.waiting = [tiny.task("train")]
+    with caplog.at_level("INFO", logger="feverfew"):
+        run_until(agent, lambda: len(fleet.replies) == 1)
+    told = [line for line in caplog.messages if "the coordinator" in line]
+    assert [("forbids" in line, "broken open" in line, "answers again" in line) for line in told] == [
+        (True, False, False),
+        (False, True, False),
+        (False, False, True),
+    ]
+    assert fleet.calls.count("activate") == 1, "nothing was sent, so nothing is lost"
 
 
 def test_a_wrong_clock_is_told_and_work_goes_on_when_it_is_set_right(

@@ -571,6 +571,12 @@ def test_interval_does_not_collapse_where_the_ranking_is_perfect():
     assert 0.75 < low < 0.95 and high == 1.0
 
 
+def test_interval_does_not_collapse_where_noise_has_put_more_pairs_in_order_than_there_are():
+    draws = released_intervals(auroc=0.97, positives=14, negatives=14, noise_std=1.0, repetitions=300, seed=3)
+    widths = [limits[1] - limits[0] for _, limits in draws if limits is not None]
+    assert len(widths) > 250 and min(widths) > 0.05
+
+
 def test_interval_is_the_whole_range_where_noise_drowns_the_cases():
     counts = np.array([[[1.0, 0, 0, 0], [0, 0, 0, 1]]])
     assert metrics.interval(Histogram(counts=counts), noise_std=10) == (0.0, 1.0)

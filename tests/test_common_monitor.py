@@ -14,6 +14,7 @@ import client.vitals
 import server.vitals
 from common import monitor
 from server.home import create_home
+from server.traffic import Traffic
 
 OPERATION = Path(__file__).parents[1] / "docs" / "operation.md"
 
@@ -59,8 +60,9 @@ def metric_names(registry: CollectorRegistry) -> set[str]:
 
 def test_every_metric_is_in_the_docs(tmp_path: Path) -> None:
     home = create_home(tmp_path / "home", host="127.0.0.1", port=1, internal_port=2)
+    Traffic(passed=0, refused={}, connections=0, sites=0).write(home.traffic)
     found = metric_names(client.vitals.Vitals().registry) | metric_names(server.vitals.Vitals(home).registry)
     text = OPERATION.read_text()
     told = {name for name in found if name.startswith("feverfew_") and not name.endswith("_created")}
-    assert told >= {"feverfew_site_tasks", "feverfew_process_up", "feverfew_runs"}
+    assert told >= {"feverfew_site_tasks", "feverfew_process_up", "feverfew_runs", "feverfew_gateway_refused"}
     assert {name for name in told if f"`{name.removesuffix('_total')}" not in text} == set()

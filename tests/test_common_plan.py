@@ -196,6 +196,7 @@ def test_plan_of_this_schema_keeps_its_keys_and_its_hash() -> None:
         ("model.cnn.channels.0", 0),
         ("strategy.fedavg.weights", "by size"),
         ("strategy.fedavg.server_learning_rate", 0),
+        ("strategy.fedavg.server_momentum", 1.0),
         ("strategy.fedavg.update_bound", math.inf),
         ("strategy.fedavg.update_bound", 1025),
     ],

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,15 @@ def test_a_state_comes_back_equal_bit_for_bit(tmp_path: Path) -> None:
     assert found.parameters.tobytes() == state().parameters.tobytes()
     for name in ("run", "plan_hash", "server_round", "started", "rounds", "sites", "attendance"):
         assert getattr(found, name) == getattr(state(), name)
+
+
+def test_a_velocity_comes_back_equal_bit_for_bit(tmp_path: Path) -> None:
+    velocity = np.arange(5, dtype=np.float32) / 7
+    checkpoint.save_state(tmp_path, replace(state(), velocity=velocity))
+    found = saved(tmp_path)
+    assert found is not None and found.velocity is not None
+    assert found.velocity.tobytes() == velocity.tobytes()
+    assert found.parameters.tobytes() == state().parameters.tobytes()
 
 
 def test_the_newest_of_several_is_loaded_and_two_are_kept(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import base64
 import datetime
-import json
 import logging
 import socket
 import ssl
@@ -29,6 +28,9 @@ from server.admission import MAX_BODY_BYTES, PATHS, admit
 from server.denied import deny
 from server.gateway import Gateway
 from server.home import Home, create_home
+from server.refusals import REASONS
+from server.traffic import TELL_SECONDS
+from server.vitals import Vitals
 from tests.callers import TYPE, Caller, certified, enrol
 
 GOOD = b"/v1/fleet/pull-messages"
@@ -42,6 +44,7 @@ class Upstream:
     seen: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     status: int = 200
     nodes: dict[bytes, int] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
@@ -53,7 +56,8 @@ class Upstream:
         else:
             self.seen.append((request.url.path, dict(request.headers), body))
         media_type = "application/x-protobuf"
-        response = Response(answer, status_code=self.status, media_type=media_type, headers={"x-more": "1"})
+        headers = {"x-more": "1"} | self.headers
+        response = Response(answer, status_code=self.status, media_type=media_type, headers=headers)
         await response(scope, receive, send)
 
 
@@ -174,7 +178,7 @@ def own(caller: Caller, path: bytes = GOOD) -> bytes:
 def refused(server: uvicorn.Server) -> dict[str, int]:
     application = server.config.app
     assert isinstance(application, Gateway)
-    return dict(application.figures["refused"])
+    return dict(application.traffic.refused)
 
 
 def test_the_nine_paths_and_their_bodies_pass_both_ways(
@@ -639,7 +643,19 @@ def test_a_site_has_only_so_many_connections_and_others_have_theirs(
     assert answers(home, tls, south)
 
 
+def metrics(home: Home) -> dict[tuple[str, str], float]:
+    """Returns what /metrics of the coordinator says of the gateway, by name and reason."""
+    families = Vitals(home).registry.collect()
+    return {
+        (one.name.removeprefix("feverfew_gateway_"), one.labels.get("reason", "")): one.value
+        for family in families
+        for one in family.samples
+        if one.name.startswith("feverfew_gateway_")
+    }
+
+
 def test_what_is_refused_is_counted_by_reason_and_logged_within_bounds(
+    home: Home,
     client: httpx.Client,
     north: Caller,
     server: uvicorn.Server,
@@ -652,7 +668,14 @@ def test_what_is_refused_is_counted_by_reason_and_logged_within_bounds(
             client.post("/v1/control/start-run", content=b"", headers=north.signed())
     application = server.config.app
     assert isinstance(application, Gateway)
-    figures = json.loads(json.dumps(application.figures))
-    assert figures["refused"]["path"] - before == 100 and figures["passed"] > 0
+    traffic = application.traffic
+    assert traffic.refused["path"] - before == 100
+    assert client.post(GOOD.decode(), content=own(north), headers=north.signed()).status_code == 200
+    assert application.traffic.passed == traffic.passed + 1
+    time.sleep(2 * TELL_SECONDS)
+    shown = metrics(home)
+    assert {reason for name, reason in shown if name == "refused_total"} == set(REASONS)
+    assert shown["refused_total", "path"] == traffic.refused["path"] and shown["passed_total", ""] > 0
+    assert shown["connections", ""] == shown["sites", ""] == 1
     told = [line for line in caplog.messages if "'/v1/control/start-run' from north: path" in line]
     assert 5 <= len(told) < 100  # earlier refusals may have used up some of the lines

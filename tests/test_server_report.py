@@ -73,7 +73,8 @@ def plan(*, rounds, sites, privacy):
             "bins": 10, "validation_every": 4, "test_at_end": True,
             "noise_multiplier": 3.0 if privacy else None,
         },
-        "strategy": {"name": "fedavg", "weights": "equal", "server_learning_rate": 1.0, "update_bound": 64.0},
+        "strategy": {"name": "fedavg", "weights": "equal", "server_learning_rate": 1.0,
+            "server_momentum": 0.0, "update_bound": 64.0},
     }  # fmt: skip
 
 

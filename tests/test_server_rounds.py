@@ -142,6 +142,13 @@ def test_server_learning_rate_scales_the_mean_update(tmp_path: Path) -> None:
     np.testing.assert_allclose(moved(run(plan, nodes, tmp_path), plan), 0.25, atol=1e-6)
 
 
+def test_server_momentum_takes_part_of_the_last_step_again(tmp_path: Path) -> None:
+    plan = tiny_plan(**{"strategy__server_momentum": 0.5, "strategy__server_learning_rate": 0.5, "rounds": 3})
+    nodes = {f"s{i}": site(plan, f"s{i}", 0.5) for i in range(4)}
+    steps = 0.5 + 0.75 + 0.875  # v = 0.5 v + 0.5
+    np.testing.assert_allclose(moved(run(plan, nodes, tmp_path), plan), 0.5 * steps, atol=1e-6)
+
+
 def _raises(record: RecordDict, message: Message) -> Message:
     return Message(Error(code=2, reason="<class 'RuntimeError'>:<patient no-4711>"), reply_to=message)
 
@@ -655,8 +662,9 @@ def test_replies_are_pulled_one_at_a_time(tmp_path: Path) -> None:
     assert grid.largest_batch == 1
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path) -> None:
-    plan = tiny_plan(**{"rounds": 4, "sites": 2})
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, momentum: float) -> None:
+    plan = tiny_plan(**{"rounds": 4, "sites": 2, "strategy__server_momentum": momentum})
 
     def nodes(dies_in: str) -> dict[str, Behaviour]:
         def edit(record: RecordDict, message: Message) -> RecordDict | Message:

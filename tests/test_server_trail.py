@@ -45,7 +45,7 @@ def carry_text(home: Home, plan: str, nodes: dict[str, Behaviour], *, run: str) 
     submission.submit(home, plan, run)
     with pytest.MonkeyPatch.context() as patch:
         for name in (services.RUN_DIRECTORY, services.HEADS_DIRECTORY, services.TRAIL_KEY):
-            patch.setenv(name, services.environment(home)[name])
+            patch.setenv(name, services.environment(home, log_format="text")[name])
         config = {"plan": plan, "run": run}
         state = RecordDict()
         context = Context(run_id=1, node_id=1, node_config={}, state=state, run_config=config)

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,15 @@ def raises(message: Message, context: Context) -> Message:
 @client_app.train("leaves")
 def leaves(message: Message, context: Context) -> Message:
     sys.exit(SECRET)
+
+
+@client_app.train("prints")
+def prints(message: Message, context: Context) -> Message:
+    """Writes as libraries do: a warning, to standard output, and to standard error past Python."""
+    warnings.warn(f"invalid value for PN: {SECRET}", stacklevel=1)
+    print(SECRET, flush=True)
+    os.write(2, f"{SECRET}\n".encode())
+    return train(message, context)
 
 
 @client_app.train("dies")
