@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from common import certificates, durable, keys
 from common.certificates import Certificate
-from common.errors import UserError
+from common.errors import ConfigError, UserError
 from server.home import LOOPBACK, Home
 
 USERS: Final = ("superlink", "gateway")
@@ -63,6 +63,23 @@ def require_valid(home: Home) -> None:
             f"Expected a valid server certificate, found one that expired on "
             f"{found.not_valid_after_utc:%Y-%m-%d}; run: feverfew-server renew {home.directory}"
         )
+
+
+class Watch:
+    """Says whether the server certificate is another than when it was looked at last."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._known = current(home)
+
+    def has_changed(self) -> bool:
+        """Looks at the file; one that cannot be read has not changed."""
+        try:
+            found = certificates.from_pem(self._home.server_certificate.read_text(encoding="ascii"))
+        except (OSError, ValueError, ConfigError):
+            return False
+        changed, self._known = found != self._known, found
+        return changed
 
 
 def _settle(home: Home) -> None:

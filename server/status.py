@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import time
 from dataclasses import asdict, dataclass
 
 import httpx
 
 from common import certificates
+from common.errors import UserError
 from server import checkpoint, enrolment, renewal
 from server.control import Node
 from server.home import Home
@@ -16,7 +19,10 @@ from server.process import Identity
 from server.run_record import SUBMISSION, RunRecord
 from server.services import pid_file
 
+logger = logging.getLogger("feverfew.supervisor")
+
 PROCESSES = ("supervisor", "superlink", "superexec", "gateway")
+ANNOUNCE_SECONDS = 86400.0
 OFFLINE = "offline"
 UNKNOWN = "unknown"
 
@@ -101,10 +107,24 @@ def expiring(home: Home) -> dict[str, int]:
     return {name: left for name, left in days.items() if left < certificates.NOTICE_DAYS}
 
 
-def expiry_notices(home: Home) -> list[str]:
-    """Returns a line for each certificate that ends soon, with what to do about the coordinator's own."""
-    remedy = {"gateway": f"; feverfew-server renew {home.directory}"}
-    return [f"{name}: {_expiry(days)}{remedy.get(name, '')}" for name, days in expiring(home).items()]
+class ExpiryLog:
+    """Says in the log, once a day, which certificates end soon."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._due = 0.0
+
+    def announce(self) -> None:
+        """Writes a line for each, if it is time."""
+        if time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + ANNOUNCE_SECONDS
+        remedy = {"gateway": f"; feverfew-server renew {self._home.directory}"}
+        try:
+            for name, days in expiring(self._home).items():
+                logger.warning("%s: %s%s", name, _expiry(days), remedy.get(name, ""))
+        except (OSError, UserError) as error:  # a damaged certificate of one site must not end all
+            logger.error("%s", error)
 
 
 def _expiry(days: int) -> str:

@@ -26,7 +26,7 @@ from server.home import Home
 from server.process import Identity
 from server.run_record import open_runs
 from server.services import Service, environment, pid_file, services
-from server.status import expiry_notices
+from server.status import ExpiryLog
 from server.vitals import Vitals
 
 logger = logging.getLogger("feverfew.supervisor")
@@ -37,7 +37,6 @@ MIN_BACKOFF_SECONDS: Final = 0.5
 MAX_BACKOFF_SECONDS: Final = 30.0
 HEALTHY_SECONDS: Final = 60.0
 """After so long a life the pause before a restart is short again; it doubles with each death before that."""
-ANNOUNCE_SECONDS: Final = 86400.0
 KEYS_SECONDS: Final = 30.0
 """How often it is looked, while a site changes its key, whether the former one can be retired."""
 
@@ -61,14 +60,15 @@ class Supervisor:
     log_format: Format = "text"
     _dispatch: Dispatch = field(init=False)
     _vitals: Vitals = field(init=False)
+    _watch: renewal.Watch = field(init=False)
+    _expiry: ExpiryLog = field(init=False)
     _supervised: list[Supervised] = field(default_factory=list)
     _stopping: bool = False
     _looked_at_keys: float = 0.0
-    _certificate: bytes = b""
-    _announced: float | None = None
 
     def __post_init__(self) -> None:
         self._dispatch = Dispatch(home=self.home)
+        self._watch, self._expiry = renewal.Watch(self.home), ExpiryLog(self.home)
         self._vitals = Vitals(self.home)
 
     def run(self, *, say: Callable[[str], None] = print) -> None:
@@ -96,7 +96,6 @@ class Supervisor:
         assert identity is not None
         identity.write(pid_file(self.home, "supervisor"))
         trail.record_if_possible(self.home, "started")
-        self._certificate = self.home.server_certificate.read_bytes()
         try:
             self._end_leftovers()
             for service in services(self.home):
@@ -115,7 +114,7 @@ class Supervisor:
             while not self._stopping:
                 self._look_after()
                 self._take_up_certificate()
-                self._announce_expiry()
+                self._expiry.announce()
                 self._retire_keys()
                 time.sleep(LOOK_SECONDS)
             end_monitor()
@@ -158,10 +157,8 @@ class Supervisor:
 
         Runs and sites wait meanwhile, as when such a process dies; nothing of it is a loss.
         """
-        found = self.home.server_certificate.read_bytes()
-        if found == self._certificate:
+        if not self._watch.has_changed():
             return
-        self._certificate = found
         trail.record_if_possible(self.home, "certificate_taken_up")
         for place, supervised in enumerate(self._supervised):
             name = supervised.service.name
@@ -170,15 +167,6 @@ class Supervisor:
                 supervised.process.wait()
                 self._supervised[place] = self._start(supervised.service)
                 logger.info("%s was started again with the new server certificate", name)
-
-    def _announce_expiry(self) -> None:
-        """Once a day, says in the log which certificates end soon."""
-        now = time.monotonic()
-        if self._announced is not None and now - self._announced < ANNOUNCE_SECONDS:
-            return
-        self._announced = now
-        for told in expiry_notices(self.home):
-            logger.warning("%s", told)
 
     def _start(self, service: Service) -> Supervised:
         if service.name == "superlink":

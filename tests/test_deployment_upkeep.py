@@ -123,14 +123,23 @@ def test_two_studies_run_side_by_side_and_a_third_that_is_stopped_touches_neithe
     print(f"two runs of 6 rounds beside a third took {time.monotonic() - begun:.1f} s")
     assert status_of(federation, "knee") == "stopped"
     for name in NAMES:
-        site = open_site(federation.directory / name)
-        told = json.loads(federation.verb("feverfew-client", "ledger", name, "--json").stdout)
-        spent = {study["study"]: study["epsilon"] for study in told["studies"]}
+        told = spent(federation, name)
         for study, one in asked.items():
-            alone = {part: merged(spends) for part, spends in planned_spends(site, one).items()}
-            worst = max(epsilon(spends, delta=site.settings.delta).value for spends in alone.values())
-            assert spent[study] == pytest.approx(worst, abs=1e-6)
-        assert told["epsilon"] > max(spent["chest"], spent["hip"])
+            assert told[study] == pytest.approx(cost(federation, name, one), abs=1e-6)
+        assert told[""] > max(told["chest"], told["hip"])
+
+
+def spent(federation: Federation, name: str) -> dict[str, float]:
+    """Returns what a site has spent by study, and under "" altogether."""
+    told = json.loads(federation.verb("feverfew-client", "ledger", name, "--json").stdout)
+    return {study["study"]: study["epsilon"] for study in told["studies"]} | {"": told["epsilon"]}
+
+
+def cost(federation: Federation, name: str, asked: Plan) -> float:
+    """Returns what one whole run costs a site, every task charged once."""
+    site = open_site(federation.directory / name)
+    alone = [merged(spends) for spends in planned_spends(site, asked).values()]
+    return max(epsilon(spends, delta=site.settings.delta).value for spends in alone)
 
 
 def test_the_server_certificate_is_renewed_in_the_middle_of_a_run_and_no_round_is_missed(
@@ -186,13 +195,19 @@ def test_a_site_that_is_revoked_in_the_middle_of_a_run_is_called_revoked_in_its_
 def test_a_coordinator_that_comes_back_from_a_backup_goes_on_with_its_sites_and_its_runs(
     federation: Federation,
 ) -> None:
-    """As docs/operation.md says: stopped, copied, lost, and the copy in its place."""
-    submit(federation, plan(rounds=12, seed=11), "kept")
+    """As docs/operation.md says: stopped and copied, gone on with, lost, and the copy in its place."""
+    asked = plan(study="kept", rounds=12, seed=11)
+    submit(federation, asked, "kept")
     wait_round(federation, "kept", 2)
     assert federation.stop("coordinator") == 0
     home, place = federation.directory / "home", federation.directory
     (back_up,), (bring_back,) = commands("back up a coordinator"), commands("bring a coordinator back")
     assert does(back_up.replace("coordinator", "home"), place=place).returncode == 0
+    copied = checkpoint.newest_round(home / "runs" / "kept" / "checkpoints")
+    federation.start_coordinator()
+    wait_round(federation, "kept", copied + 3)
+    assert federation.stop("coordinator") == 0
+    assert checkpoint.newest_round(home / "runs" / "kept" / "checkpoints") < 12, "in the middle"
     shutil.rmtree(home)
     assert does(bring_back.replace("coordinator", "home"), place=place).returncode == 0
     assert (home / "private" / "authority.key").stat().st_mode & 0o777 == 0o600
@@ -201,6 +216,8 @@ def test_a_coordinator_that_comes_back_from_a_backup_goes_on_with_its_sites_and_
     report = wait_ended(federation, "kept")
     assert report["status"] == "completed"
     assert [entry["sites_valid"] for entry in report["rounds"]] == [3] * 12
+    for name in NAMES:
+        assert spent(federation, name)["kept"] == pytest.approx(cost(federation, name, asked), abs=1e-6)
     told = federation.verb("feverfew-server", "trail", "verify", "home")
     assert told.returncode == 0, told.stdout
     print("seconds of each round:", [round(entry["seconds"], 1) for entry in report["rounds"]])

@@ -13,7 +13,7 @@ from common import certificates, durable, keys
 from common.errors import UserError
 from server import renewal
 from server.home import Home, create_home
-from server.status import status
+from server.status import ExpiryLog, status
 from server.supervisor import Supervisor
 
 
@@ -93,9 +93,9 @@ def test_an_end_that_is_near_is_announced_and_a_renewal_ends_that(
     renewal.renew(home, days=20.5)
     assert status(home).expiring == {"gateway": 20}
     assert "gateway      its certificate expires in 20 days" in status(home).to_text()
-    supervisor = Supervisor(home=home)
+    log = ExpiryLog(home)
     for _ in range(3):
-        supervisor._announce_expiry()
+        log.announce()
     (told,) = caplog.messages
     assert told == f"gateway: its certificate expires in 20 days; feverfew-server renew {home.directory}"
     renewal.renew(home)
