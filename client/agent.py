@@ -216,6 +216,7 @@ class Agent:
             message = self._persist(lambda: self.fleet.pull(task), seconds=meta.ttl)
         except (httpx.HTTPError, flower.ObjectPullError) as error:
             logger.warning("a task could not be fetched and is dropped: %s", reason(error))
+            self._note_loss(error)
             return
         except flower.UNREADABLE as error:
             logger.warning("a task is not what it says it is, and is declined (%s)", reason(error))
@@ -263,8 +264,14 @@ class Agent:
             self._persist(lambda: self.fleet.push(reply), seconds=reply.metadata.ttl)
         except (httpx.HTTPError, flower.ObjectPushError) as error:
             logger.warning("a reply was not delivered: %s", reason(error))
+            self._note_loss(error)
             return False
         return True
+
+    def _note_loss(self, error: Exception) -> None:
+        """Comes again after what the coordinator could not answer, so that it learns what was lost."""
+        if isinstance(error, httpx.HTTPError) and is_temporary(error):
+            self._lost.set()
 
     def _config(self, run_id: int) -> dict[str, str]:
         """Returns the plan and our id of a run; other settings of the run are not looked at."""

@@ -18,7 +18,7 @@ from client.decision import Decision, Verdict
 from client.policies import Policy
 from client.site import Site
 from common import durable
-from common.errors import Refusal, UserError
+from common.errors import ConfigError, Refusal, UserError
 from common.plan import NoPrivacy, Plan
 from common.trail import account
 
@@ -116,14 +116,35 @@ def keep(site: Site, plan: Plan) -> None:
 
 def known_plans(site: Site) -> dict[str, Plan]:
     """Returns every plan that a person here approved, or that was kept, by hash, the oldest first."""
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in _kept(site).glob("*.json")]
-    kept = [(record["time"], Plan.model_validate(record["plan"])) for record in records]
+    kept = [found for path in _kept_files(site) if (found := _read_kept(path)) is not None]
     agreed = [
         (told.time, told.plan)
         for told in decision.every(site)
         if (told.by, told.verdict) == ("person", "approved")
     ]
     return {plan.hash: plan for _, plan in sorted([*kept, *agreed], key=lambda one: one[0])}
+
+
+def unreadable_plans(site: Site) -> list[Path]:
+    """Returns the files of plans that were kept by a version with another schema, or are damaged."""
+    return [path for path in _kept_files(site) if _read_kept(path) is None]
+
+
+def has_worked(site: Site) -> bool:
+    """Says whether this site ever worked on a plan: then it had a ledger."""
+    return bool(_kept_files(site))
+
+
+def _kept_files(site: Site) -> list[Path]:
+    return sorted(_kept(site).glob("*.json"))
+
+
+def _read_kept(path: Path) -> tuple[str, Plan] | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return str(record["time"]), Plan.from_tree(record["plan"])
+    except (OSError, ValueError, LookupError, TypeError, ConfigError):
+        return None
 
 
 def _kept(site: Site) -> Path:

@@ -16,6 +16,7 @@ from client.site import Site
 from common.errors import Refusal, StateError
 from common.exchange import Task
 from common.plan import Plan
+from common.schema import Tables
 
 SECONDS_TO_LOCK: Final = 60
 PHASES: Final = {
@@ -26,12 +27,16 @@ PHASES: Final = {
     ("deliver", ""): 3,
 }
 """The order of tasks within a round, by purpose and part. A plan is about training or about landmarks."""
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS asked (
-    run TEXT NOT NULL, plan_hash TEXT NOT NULL, server_round INTEGER NOT NULL, phase INTEGER NOT NULL,
-    task TEXT PRIMARY KEY);
-CREATE INDEX IF NOT EXISTS asked_by_run ON asked (run, server_round, phase);
-"""
+_TABLES = Tables(
+    what="the tasks of runs in",
+    create="""
+    CREATE TABLE IF NOT EXISTS asked (
+        run TEXT NOT NULL, plan_hash TEXT NOT NULL, server_round INTEGER NOT NULL, phase INTEGER NOT NULL,
+        task TEXT PRIMARY KEY);
+    CREATE INDEX IF NOT EXISTS asked_by_run ON asked (run, server_round, phase)
+    """,
+    unmarked={frozenset(("asked",)): 1},
+)
 
 
 def require_plan(site: Site, plan: Plan, *, run: str) -> None:
@@ -102,7 +107,7 @@ def _opened(site: Site) -> Iterator[sqlite3.Connection]:
     try:
         with closing(sqlite3.connect(path, isolation_level=None, timeout=SECONDS_TO_LOCK)) as database:
             database.execute("PRAGMA synchronous=FULL")
-            database.executescript(_SCHEMA)
+            _TABLES.prepare(database, path=path)
             yield database
     except sqlite3.OperationalError:  # a full disk, not a damaged file
         raise

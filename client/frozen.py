@@ -22,10 +22,12 @@ from client.findings import Finding
 from client.rules import Decision
 from client.sight import Sight
 from client.site import Site
-from common.errors import ConfigError, Refusal, StateError
+from common import schema
+from common.errors import ConfigError, Refusal, SchemaError, StateError
 from common.value import canonical_json
 
 FORMAT = 3
+"""The schema version of the list; raised with every change of its form."""
 
 Progress = Callable[[int, int], None]
 
@@ -121,6 +123,7 @@ def read(site: Site, *, secret: bytes) -> Frozen | None:
     Raises:
         ConfigError: ``split`` or ``patient_is`` of the settings are not those frozen.
         StateError: the list is damaged, or was frozen with another split key.
+        SchemaError: a newer Feverfew froze it, or an older one.
     """
     path = _path(site)
     try:
@@ -135,6 +138,13 @@ def read(site: Site, *, secret: bytes) -> Frozen | None:
             "from one backup. Freezing anew with another key would test on patients trained on."
         )
     listed = tree["list"]
+    found = schema.require(listed["format"], newest=FORMAT, what=f"the cohort {path}")
+    if found < FORMAT:
+        raise SchemaError(
+            f"Expected the cohort {path} of schema {FORMAT}, found {found}: an older Feverfew froze it; "
+            "leave patient_is and split in site.yaml as they are, move it away, and run: "
+            f"feverfew-client check {site.directory} --freeze"
+        )
     _check_unchanged(site, listed)
     return _frozen(tree)
 

@@ -16,10 +16,12 @@ from typing import Any, Final
 
 from filelock import FileLock
 
+from client import unsigned_ledger
 from common import chain, durable
 from common.chain import GENESIS, Head
 from common.errors import LedgerError
 from common.keys import PrivateKey
+from common.schema import Tables
 
 COLUMNS: Final = {
     "number": "INTEGER PRIMARY KEY",
@@ -42,13 +44,12 @@ COLUMNS: Final = {
     "hash": "TEXT NOT NULL",
     "signature": "TEXT NOT NULL",
 }
-_SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS entries (
-    {", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())}, UNIQUE (kind, task));
-CREATE TABLE IF NOT EXISTS bounds (
+_ENTRIES = f"""CREATE TABLE IF NOT EXISTS entries (
+    {", ".join(f"{name} {kind}" for name, kind in COLUMNS.items())}, UNIQUE (kind, task))"""
+_BOUNDS = """CREATE TABLE IF NOT EXISTS bounds (
     scope TEXT NOT NULL, history TEXT NOT NULL, delta REAL NOT NULL, epsilon REAL NOT NULL,
-    signature TEXT NOT NULL, PRIMARY KEY (scope, history, delta));
-"""
+    signature TEXT NOT NULL, PRIMARY KEY (scope, history, delta))"""
+_INSERT = f"INSERT INTO entries VALUES ({', '.join(f':{name}' for name in COLUMNS)})"
 _SECONDS_TO_LOCK = 60
 CLAIM_SUFFIX: Final = ".claim"
 REMEDY: Final = (
@@ -65,7 +66,8 @@ class Journal:
         key: signs each row.
 
     Raises:
-        LedgerError: not a data base, or one of the two files is missing.
+        LedgerError: not a data base, or one of the two files is missing; an older one is not sound.
+        SchemaError: a newer Feverfew wrote it.
     """
 
     def __init__(self, path: Path, *, head: Path, key: PrivateKey) -> None:
@@ -102,18 +104,12 @@ class Journal:
     def append(self, row: Mapping[str, object], *, number: int | None = None) -> None:
         """Adds a row; ``number`` is the next one, and greater only for the first row after a restoration."""
         last = self.head()
-        content = dict.fromkeys(COLUMNS) | dict(row) | {"number": number or last.number + 1}
-        content |= {"previous_hash": last.hash}
-        del content["hash"], content["signature"]
-        head = chain.signed(int(str(content["number"])), chain.link(last.hash, content), key=self._key)
-        content |= {"hash": head.hash, "signature": head.signature}
-        marks = ", ".join(f":{name}" for name in content)
-        self._database.execute(f"INSERT INTO entries ({', '.join(content)}) VALUES ({marks})", content)
+        content = _following(row, last, number=number or last.number + 1, key=self._key)
+        self._database.execute(_INSERT, content)
 
     def copy(self, rows: Iterable[Mapping[str, object]]) -> None:
         """Adds rows of another journal of this site as they are."""
-        marks = ", ".join(f":{name}" for name in COLUMNS)
-        self._database.executemany(f"INSERT INTO entries VALUES ({marks})", list(rows))
+        self._database.executemany(_INSERT, list(rows))
 
     def remember_bound(self, scope: str, history: str, delta: float, epsilon: float, signature: str) -> None:
         """Keeps an epsilon that was computed; see ``client.ledger``."""
@@ -204,13 +200,48 @@ class Journal:
         self._remember(chain.signed(0, GENESIS, key=self._key))
 
     def _opened(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self._path, isolation_level=None, timeout=_SECONDS_TO_LOCK)
         try:
-            database = sqlite3.connect(self._path, isolation_level=None, timeout=_SECONDS_TO_LOCK)
             database.execute("PRAGMA synchronous=FULL")
-            database.executescript(_SCHEMA)
-        except sqlite3.DatabaseError as error:
-            raise self._broken(str(error)) from None
+            self._tables.prepare(database, path=self._path)
+        except BaseException as error:
+            database.close()
+            if isinstance(error, sqlite3.DatabaseError):
+                raise self._broken(str(error)) from None
+            raise
         return database
+
+    @property
+    def _tables(self) -> Tables:
+        return Tables(
+            what="the ledger",
+            create=f"{_ENTRIES}; {_BOUNDS}",
+            unmarked={unsigned_ledger.TABLES: 1, frozenset(("entries", "bounds")): 2},
+            steps=(self._sign_rows,),
+        )
+
+    def _sign_rows(self, database: sqlite3.Connection) -> None:
+        """From schema 1 to 2: every charge and outcome becomes a signed row.
+
+        The second file comes first: if this is cut off, the rows that are made the next time have the same
+        hashes. It also tells that an old copy was put in the place of a ledger that was brought forward.
+        """
+        if problem := unsigned_ledger.problem(database):
+            raise self._broken(problem)
+        rows, last = [], chain.signed(0, GENESIS, key=self._key)
+        for row in unsigned_ledger.rows(database):
+            content = _following(row, last, number=last.number + 1, key=self._key)
+            last = Head(number=last.number + 1, hash=content["hash"], signature=content["signature"])
+            rows.append(content)
+        if not self._head_path.exists():
+            self._remember(last)
+        elif self._remembered().hash != last.hash:
+            raise self._broken("an old copy, from before rows were signed")
+        for table in sorted(unsigned_ledger.TABLES):
+            database.execute(f"DROP TABLE {table}")
+        for statement in (_ENTRIES, _BOUNDS):
+            database.execute(statement)
+        database.executemany(_INSERT, rows)
 
     def _remembered(self) -> Head:
         head = read_head(self._head_path)
@@ -223,6 +254,14 @@ class Journal:
 
     def _broken(self, found: str) -> LedgerError:
         return LedgerError(f"Expected an unbroken ledger in {self._path}, found {found}; {REMEDY}")
+
+
+def _following(row: Mapping[str, object], last: Head, *, number: int, key: PrivateKey) -> dict[str, Any]:
+    """Returns all columns of the row that follows the last one."""
+    content = dict.fromkeys(COLUMNS) | dict(row) | {"number": number, "previous_hash": last.hash}
+    del content["hash"], content["signature"]
+    head = chain.signed(number, chain.link(last.hash, content), key=key)
+    return content | {"hash": head.hash, "signature": head.signature}
 
 
 def _write_head(path: Path, head: Head) -> None:

@@ -18,6 +18,9 @@ Answer = TypeVar("Answer")
 
 MIN_RETRY_SECONDS: Final = 0.1
 MAX_RETRY_SECONDS: Final = 20.0
+BROKEN_SECONDS: Final = 15.0
+"""A server that answers a request with an internal error for so long will never answer it: it came back with
+an older data base, and does not know the run."""
 TEMPORARY_STATUS: Final = frozenset({408, 425, 429, 500, 502, 503, 504})
 """425 is what the gateway says to a clock that is wrong: it may be set right."""
 
@@ -27,6 +30,10 @@ def is_temporary(error: httpx.HTTPError) -> bool:
     if isinstance(error, httpx.HTTPStatusError):
         return error.response.status_code in TEMPORARY_STATUS
     return isinstance(error, httpx.TransportError)
+
+
+def _is_broken(error: httpx.HTTPError) -> bool:
+    return isinstance(error, httpx.HTTPStatusError) and error.response.status_code == 500
 
 
 def reason(error: Exception) -> str:
@@ -72,11 +79,15 @@ def persist(request: Callable[[], Answer], *, stop: threading.Event, seconds: fl
         httpx.HTTPError: the last error; one that will not pass is raised at once.
     """
     begun, delay, outage = time.monotonic(), MIN_RETRY_SECONDS, Outage()
+    broken_since: float | None = None
     while True:
         try:
             answer = request()
         except httpx.HTTPError as error:
-            if not is_temporary(error) or time.monotonic() - begun >= seconds or stop.is_set():
+            now = time.monotonic()
+            broken_since = (broken_since or now) if _is_broken(error) else None
+            is_over = now - begun >= seconds or now - (broken_since or now) >= BROKEN_SECONDS
+            if not is_temporary(error) or is_over or stop.is_set():
                 raise
             outage.note(error)
         else:

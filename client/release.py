@@ -118,7 +118,9 @@ def open_ledger(site: Site) -> Iterator[Ledger]:
     settings = site.settings
     path = ledger_path(site)
     if not path.exists() and not head_path(site).exists() and not _is_new(site):
-        raise LedgerError(f"Expected the ledger {path} of the replies beside it, found none; {REMEDY}")
+        raise LedgerError(
+            f"Expected the ledger {path} of the replies and plans that are kept here, found none; {REMEDY}"
+        )
     private_directory(site.state)
     ledger = Ledger(
         path,
@@ -151,9 +153,10 @@ def attach_ledger_head(site: Site, content: RecordDict) -> None:
 
 
 def _is_new(site: Site) -> bool:
-    """Says whether this site never had a ledger; every reply that is stored here was charged."""
+    """Says whether this site never had a ledger; every reply and every plan that is kept here was charged."""
     has_replies = any((site.state / "replies").glob("*"))
-    return not (ledger_path(site).exists() or head_path(site).exists() or has_replies)
+    has_ledger = ledger_path(site).exists() or head_path(site).exists()
+    return not (has_ledger or has_replies or approval.has_worked(site))
 
 
 def ledger_path(site: Site) -> Path:

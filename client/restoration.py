@@ -22,7 +22,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from client import approval, release, trail
+from client import approval, release, trail, unsigned_ledger
 from client.cost import planned_spends
 from client.files import private_directory
 from client.journal import COLUMNS, Journal, read_head, sound_rows
@@ -32,7 +32,7 @@ from common import keys
 from common.chain import Head
 from common.errors import LedgerError, UserError
 from common.keys import PublicKey
-from common.plan import Plan
+from common.plan import SCHEMA_VERSION, Plan
 from common.trail import account
 
 Row = dict[str, Any]
@@ -84,7 +84,9 @@ def restore(site: Site, *, plans: Sequence[Plan] | None = None) -> Restoration:
             marker = {"kind": "restore", "task": secrets.token_hex(32), "time": now()}
             marker["code"] = json.dumps([one.hash for one in covered])
             # by our own word alone: a coordinator could claim any number
-            journal.append(marker, number=2 + max(last, own.number if own else 0))
+            journal.append(
+                marker, number=2 + (last + _rows(site, plans) if own is None else max(last, own.number))
+            )
             for plan in plans:
                 for charge in _charges(site, plan, run=f"{RESTORED}-{secrets.token_hex(4)}"):
                     journal.append(charge.row())
@@ -120,14 +122,18 @@ def read_remains(path: Path, *, key: PublicKey) -> Remains:
     if not path.exists():
         return Remains()
     rows: list[Row] = []
+    unsigned: list[Row] = []
     # What a damaged file still gives before the first error counts; the rest is what may be missing.
     with closing(sqlite3.connect(path)) as database, suppress(sqlite3.DatabaseError):
+        if unsigned_ledger.is_in(database):
+            for number, row in enumerate(unsigned_ledger.rows(database), start=1):
+                unsigned.append({"number": number, **row})
         for values in database.execute(f"SELECT {', '.join(COLUMNS)} FROM entries ORDER BY number"):
             rows.append(dict(zip(COLUMNS, values, strict=True)))
     heads, _ = sound_rows(rows)
     while heads and not heads[-1].is_signed_by(key):
         heads.pop()
-    return Remains(kept=tuple(rows[: len(heads)]), rest=tuple(rows[len(heads) :]))
+    return Remains(kept=tuple(rows[: len(heads)]), rest=(*rows[len(heads) :], *unsigned))
 
 
 def may_be_missing(site: Site, remains: Remains) -> tuple[Plan, ...]:
@@ -140,6 +146,12 @@ def may_be_missing(site: Site, remains: Remains) -> tuple[Plan, ...]:
         UserError: a row is of a plan that the site does not keep.
     """
     known = approval.known_plans(site)
+    if unreadable := approval.unreadable_plans(site):
+        raise UserError(
+            f"Expected plans of schema {SCHEMA_VERSION} in {unreadable[0].parent}, found "
+            f"{unreadable[0].name} of another version; name with --plan a plan of this version that costs as "
+            "much, for each of these."
+        )
     begun = {(row["plan_hash"], row["run"]) for row in remains.rest if row["kind"] == "charge"}
     kept = {(row["plan_hash"], row["run"]) for row in remains.kept if row["kind"] == "charge"}
     unknown = sorted(str(plan_hash) for plan_hash, _ in begun if plan_hash not in known)
@@ -168,14 +180,22 @@ def _is_whole(site: Site, plan: Plan, run: str, remains: Remains) -> bool:
 
 
 def _require_accounted(site: Site, plans: Sequence[Plan], *, missing: int) -> None:
-    """Checks that so many rows can be those of runs of these plans: two for a task, charge and outcome."""
-    rows = sum(2 * _num_tasks(site, plan) for plan in plans)
+    """Checks that so many rows can be those of runs of these plans."""
+    rows = _rows(site, plans)
     if missing > rows:
         raise UserError(
             f"Expected {missing} missing rows to be those of plans that this site keeps, found plans for "
             f"{rows} of them; name with --plan the file of every plan that may have run since, each as often "
             "as it may have run."
         )
+
+
+def _rows(site: Site, plans: Sequence[Plan]) -> int:
+    """Returns how many rows runs of these plans have at most: two for a task, charge and outcome.
+
+    A head within so many rows is covered by what is charged for them, where no second file says more.
+    """
+    return sum(2 * _num_tasks(site, plan) for plan in plans)
 
 
 def _num_tasks(site: Site, plan: Plan) -> int:

@@ -123,7 +123,7 @@ class Route(httpx.BaseTransport):
             return f"{place} speaks no TLS with us ({words(error)}); {IT}, and the coordinator"
         if certificates.is_issued_by(shown, self._authority):
             told = f"{place} shows a certificate of the coordinator that does not hold ({words(error)})"
-            return f"{told}; is the clock of this computer right? Else ask the coordinator"
+            return f"{told}; is this clock right? Else the coordinator has to run feverfew-server renew"
         return (
             f"TLS to {place} is broken open, or the address is wrong: the certificate shown is not by the "
             f"coordinator's authority, but issued by {_name(shown.issuer)} for {_name(shown.subject)}; "

@@ -18,7 +18,7 @@ from client.proxy import Setting as ProxySetting
 from client.rest import Hours
 from client.rules import Fraction, Rules
 from common.errors import ConfigError, DataError
-from common.settings import tree_of
+from common.settings import current, tree_of
 from common.value import Positive, Value, first_problem
 
 
@@ -166,11 +166,13 @@ def read_settings(path: Path) -> SiteSettings:
     """Reads and validates ``site.yaml``.
 
     Raises:
+        SchemaError: written for another version.
         ConfigError: not YAML, or a key is unknown, missing or wrong.
     """
     try:
-        return SiteSettings.model_validate(tree_of(path.read_bytes()))
+        tree = current(tree_of(path.read_bytes()), template="client.yaml", name="", nominal_patients=1)
+        return SiteSettings.model_validate(tree)
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise type(error)(f"{path}: {error}") from None
     except ValidationError as error:
         raise ConfigError(f"{path}: {first_problem(error)}") from None

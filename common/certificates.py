@@ -42,7 +42,12 @@ def make_authority(key: PrivateKey, *, name: str) -> Certificate:
 
 
 def make_server_certificate(
-    key: PublicKey, *, hosts: Sequence[str], authority: Certificate, authority_key: PrivateKey
+    key: PublicKey,
+    *,
+    hosts: Sequence[str],
+    authority: Certificate,
+    authority_key: PrivateKey,
+    days: float = SERVER_DAYS,
 ) -> Certificate:
     """Returns a server certificate for the given DNS names and IP addresses.
 
@@ -50,7 +55,7 @@ def make_server_certificate(
         ConfigError: a host is neither.
     """
     names = x509.SubjectAlternativeName([_general_name(host) for host in dict.fromkeys(hosts)])
-    builder = _builder(_name(hosts[0][:64]), issuer=authority.subject, key=key, days=SERVER_DAYS)
+    builder = _builder(_name(hosts[0][:64]), issuer=authority.subject, key=key, days=days)
     builder = builder.add_extension(names, critical=False)
     return _signed(builder, use=ExtendedKeyUsageOID.SERVER_AUTH, authority_key=authority_key)
 

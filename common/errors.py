@@ -5,7 +5,8 @@
     FeverfewError
     ├── UserError             what a person got wrong; commands print one line and exit with code 2
     │   ├── ConfigError       unknown key, wrong type, value out of range
-    │   │   └── PrivacyTargetError   no noise multiplier reaches the target
+    │   │   ├── PrivacyTargetError   no noise multiplier reaches the target
+    │   │   └── SchemaError   a file or plan of a version that this software does not read
     │   └── DataError         a missing directory, a case table that cannot be used
     ├── UnusableCase          one case that goes to quarantine; carries a code, never fatal for the rest
     ├── Refusal               a site says no to a task; only its code may leave the site
@@ -36,6 +37,10 @@ class ConfigError(UserError):
 
 class PrivacyTargetError(ConfigError):
     """A privacy target that no noise multiplier reaches."""
+
+
+class SchemaError(ConfigError):
+    """A file or a plan of a version that this software does not read; nothing was changed in it."""
 
 
 class DataError(UserError):

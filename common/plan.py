@@ -11,16 +11,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from common import landmarks
+from common import landmarks, schema
 from common.asked import Asked
 from common.augmented import Augmentation
-from common.errors import ConfigError
+from common.errors import ConfigError, SchemaError
 from common.landmarks import LandmarkHistograms
 from common.strategy import Strategy
 from common.unet import Unet
 from common.value import Name, NonNegative, Positive, Seconds, Value, canonical_json, first_problem
 
 SCHEMA_VERSION = 2
+"""Raised with every key that comes or goes. A plan is known by its hash, so none is ever brought forward."""
 
 
 class Cnn(Value):
@@ -290,8 +291,15 @@ class Plan(Asked):
         """Reads a plan from plain dictionaries.
 
         Raises:
+            SchemaError: the plan of an older or a newer Feverfew.
             ConfigError: unknown key, wrong type, value out of range; names the key.
         """
+        found = tree.get("schema_version") if isinstance(tree, dict) else SCHEMA_VERSION
+        if found != SCHEMA_VERSION and schema.require(found, newest=SCHEMA_VERSION, what="a plan"):
+            raise SchemaError(
+                f"Expected a plan of schema {SCHEMA_VERSION}, found {found}: an older Feverfew made it; "
+                "compose it again with feverfew-server plan."
+            )
         try:
             return cls.model_validate(tree)
         except ValidationError as error:

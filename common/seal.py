@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
-from common import chain, durable, keys, trail
+from common import chain, durable, keys, schema, trail
 from common.chain import GENESIS
-from common.errors import StateError
+from common.errors import SchemaError, StateError
 from common.keys import PrivateKey, PublicKey
 from common.trail import LINE_CLOSED, End, Event, Trail, line_hash, parse
 
@@ -118,6 +118,7 @@ def examine(lines: Sequence[bytes], *, name: str, key: PublicKey, head: Head | N
     events = [parse(text) for text in texts]
     hashes = [GENESIS, *map(line_hash, texts)]
     problems = itertools.chain(
+        _of_the_schema(lines),
         _of_the_chain(events, hashes),
         _of_the_signatures(events, hashes, name=name, key=key),
         _of_the_head(events, hashes, name=name, key=key, head=head),
@@ -136,6 +137,14 @@ def report(findings: Sequence[Finding], *, as_json: bool) -> int:
     else:
         print("\n".join(found.to_text() for found in findings))
     return 0 if is_unbroken else 1
+
+
+def _of_the_schema(lines: Sequence[bytes]) -> Iterator[Problem]:
+    try:
+        for line in lines[:1]:
+            schema.require(trail.schema_of(line), newest=trail.SCHEMA, what="a trail")
+    except SchemaError as error:
+        yield 1, str(error)
 
 
 def _of_the_chain(events: Sequence[Event | None], hashes: Sequence[str]) -> Iterator[Problem]:

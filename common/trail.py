@@ -23,11 +23,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+from common import schema
 from common.chain import GENESIS
 
 logger = logging.getLogger("feverfew.trail")
 
 FILE: Final = "events.jsonl"
+SCHEMA: Final = 1
+"""Stands in the first line; trails from before it was noted are of the same."""
 LINE_CLOSED: Final = "line_closed"
 _NOT_LOGGED_IN: Final = 2**32 - 1  # what the kernel says of a process that no login began
 _BLOCK_BYTES: Final = 4096  # most lines are shorter, so one read finds the last
@@ -67,10 +70,15 @@ class Trail:
 
     @contextmanager
     def locked(self) -> Iterator[int]:
-        """Opens the file, made at the first use, and keeps everybody else out; a killed process lets go."""
+        """Opens the file, made at the first use, and keeps everybody else out; a killed process lets go.
+
+        Raises:
+            SchemaError: a newer Feverfew has begun it.
+        """
         descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+            schema.require(_schema(descriptor), newest=SCHEMA, what=f"the trail {self._path}")
             yield descriptor
         finally:
             os.close(descriptor)
@@ -142,7 +150,8 @@ def account() -> str:
 
 def _append(descriptor: int, event: str, fields: Mapping[str, Any], *, after: End) -> End:
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    tree = {"number": 0, "time": now, "event": event, **fields}
+    first = {} if after.number else {"schema": SCHEMA}
+    tree = {"number": 0, "time": now, "event": event, **first, **fields}
     tree |= {"number": after.number + 1, "previous": after.hash}  # a field cannot take their place
     text = json.dumps(tree, allow_nan=False).encode("ascii")
     _write(descriptor, text + b"\n")
@@ -152,6 +161,15 @@ def _append(descriptor: int, event: str, fields: Mapping[str, Any], *, after: En
 def _write(descriptor: int, text: bytes) -> None:
     while text:
         text = text[os.write(descriptor, text) :]
+
+
+def schema_of(first_line: bytes) -> object:
+    """Returns the schema version of the trail that begins with a line."""
+    return (parse(first_line) or {}).get("schema", SCHEMA)
+
+
+def _schema(descriptor: int) -> object:
+    return schema_of(os.pread(descriptor, _BLOCK_BYTES, 0).partition(b"\n")[0])
 
 
 def _last_line(descriptor: int, *, size: int) -> tuple[bytes, bool]:

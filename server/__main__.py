@@ -1,4 +1,4 @@
-"""Verbs of the coordinator: ``feverfew-server init|enroll|revoke|start|plan|submit|stop|trail|status``."""
+"""Verbs of the coordinator: ``feverfew-server --help`` lists them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.command import exit_code
 from common.config import compose_plan
 from common.errors import DataError, UserError
 from common.plan import Plan
-from server import enrolment, pack, submission
+from server import enrolment, pack, renewal, submission
 from server import trail as trails
 from server.home import create_home, open_home
 from server.progress import Progress
@@ -54,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     revoke.add_argument("home", type=Path)
     revoke.add_argument("name", help="the hospital's name")
     revoke.set_defaults(verb=_revoke)
+
+    renew = verbs.add_parser("renew", help="make a new server key and certificate; sites notice nothing")
+    renew.add_argument("home", type=Path)
+    renew.set_defaults(verb=_renew)
 
     start = verbs.add_parser("start", help="run the coordinator in the foreground until stopped")
     start.add_argument("home", type=Path)
@@ -136,6 +140,16 @@ def _revoke(arguments: argparse.Namespace) -> int:
         print(f"{arguments.name} is revoked; the gateway refuses {fingerprint}")
     if not enrolment.settle_now(home):
         print("the SuperLink does not run; the site is unregistered there when the coordinator starts")
+    return 0
+
+
+def _renew(arguments: argparse.Namespace) -> int:
+    home = open_home(arguments.home)
+    made = renewal.renew(home)
+    trails.record(home, "certificate_renewed", until=f"{made.not_valid_after_utc:%Y-%m-%d}")
+    trails.sign(home)
+    when = "is taken up now" if submission.is_running(home) else "is used from the next start on"
+    print(f"the new server certificate is valid until {made.not_valid_after_utc:%Y-%m-%d} and {when}")
     return 0
 
 

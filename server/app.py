@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +25,7 @@ from server.aggregation import strategy_of
 from server.checkpoint import RunState
 from server.heads import Heads
 from server.landmarks import OVERRIDE_NAME, Found, LandmarkRound
+from server.revoked import revoked_sites
 from server.rounds import Released, Rounds
 from server.run_record import EVENTS, PLAN, End, RunRecord
 from server.story import Status, report_of
@@ -44,21 +45,21 @@ def main(grid: Grid, context: Context) -> None:
     shorten_backoff()
     if os.environ.get(logline.VARIABLE) == "json":
         logline.start_ours("serverapp", output=sys.stdout)
-    plan = Plan.from_json(str(context.run_config["plan"]))
     run = str(context.run_config["run"])
     record = RunRecord(directory=run_directory(run))
     if record.is_stopped:
         return
     record.directory.mkdir(parents=True, exist_ok=True)
     record.begin_life(context.run_id)
-    largest = max(MIN_REPLY_BYTES, 12 * model.num_parameters(model.build(plan)))
-    bound_messages(largest, max_seconds=UPLOAD_SECONDS)
     heads, key = Path(os.environ["FEVERFEW_HEADS_DIRECTORY"]), Path(os.environ["FEVERFEW_TRAIL_KEY"])
     with (
         logline.about(run=run),
         noted_end(record),
         signed(record.directory / EVENTS, run=run, key=key, heads=heads),
     ):
+        plan = Plan.from_json(str(context.run_config["plan"]))  # of another schema, after an update
+        largest = max(MIN_REPLY_BYTES, 12 * model.num_parameters(model.build(plan)))
+        bound_messages(largest, max_seconds=UPLOAD_SECONDS)
         coordinate(
             grid,
             plan,
@@ -66,7 +67,14 @@ def main(grid: Grid, context: Context) -> None:
             directory=record.directory,
             heads=Heads(heads),
             engine=engine(),
+            revoked=revoked,
         )
+
+
+def revoked() -> frozenset[str]:
+    """Returns the sites that were revoked; where nobody enrols sites, as in a simulation, none is."""
+    place = os.environ.get("FEVERFEW_CERTIFICATES_DIRECTORY")
+    return frozenset() if place is None else revoked_sites(Path(place))
 
 
 @contextmanager
@@ -97,11 +105,21 @@ def engine() -> str:
     return os.environ.get("FEVERFEW_ENGINE", "deployment")
 
 
-def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Heads, engine: str) -> None:
+def coordinate(
+    grid: Grid,
+    plan: Plan,
+    *,
+    run: str,
+    directory: Path,
+    heads: Heads,
+    engine: str,
+    revoked: Callable[[], frozenset[str]] = frozenset,
+) -> None:
     """Runs a plan over a grid and writes its run directory.
 
     Args:
         heads: what is remembered of the sites' ledgers from run to run.
+        revoked: returns the names of the sites that are let in no more.
 
     Raises:
         QuorumNotReached: the run stopped early; its report and the last good model are written.
@@ -120,6 +138,7 @@ def coordinate(grid: Grid, plan: Plan, *, run: str, directory: Path, heads: Head
         strategy=lambda nodes: strategy_of(plan, nodes=nodes),
         trail=trail,
         heads=heads,
+        revoked=revoked,
         save=lambda state: checkpoint.save_state(checkpoints, state),
     )
     status: Status = "failed"

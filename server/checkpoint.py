@@ -15,11 +15,14 @@ from pydantic import ConfigDict, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from common import durable
+from common import durable, schema
 from common.errors import StateError
 from common.exchange import Prepared
 from common.model import FlatArray
+from server.revoked import REVOKED
 
+SCHEMA = 1
+"""Of ``state.json``; the first had no mark. Later ones keep ``sha256`` as it is, or count as damaged here."""
 _TENSORS = ("parameters", "velocity")
 _KEPT = 2  # if the newest is damaged, the one before still is there
 
@@ -59,7 +62,7 @@ class Attendance:
     def with_problem(self, code: str) -> Attendance:
         """Returns the attendance with one more problem."""
         problems = {**self.problems, code: self.problems.get(code, 0) + 1}
-        is_missing = code == "missing"
+        is_missing = code in ("missing", REVOKED)
         return replace(
             self,
             problems=problems,
@@ -99,6 +102,7 @@ def save_state(directory: Path, state: RunState) -> None:
     tensors = {name: getattr(state, name) for name in _TENSORS if getattr(state, name) is not None}
     parameters = save(tensors)
     tree = {name: value for name, value in asdict(state).items() if name not in _TENSORS}
+    tree["schema"] = SCHEMA
     tree["sha256"] = checksum(tree, parameters=parameters)
     _write(temporary / "parameters.safetensors", parameters)
     _write(temporary / "state.json", json.dumps(tree, allow_nan=False).encode())
@@ -121,6 +125,7 @@ def latest(directory: Path, *, run: str, plan_hash: str) -> RunState | None:
 
     Raises:
         StateError: checkpoints are there, but each is damaged or of another run.
+        SchemaError: a newer Feverfew has saved it.
     """
     saved = _saved(directory)
     for path in reversed(saved):
@@ -151,6 +156,7 @@ def _load(path: Path) -> RunState | None:
         tree: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if tree.pop("sha256") != checksum(tree, parameters=data):
             return None
+        schema.require(tree.pop("schema", SCHEMA), newest=SCHEMA, what=f"the checkpoint {path}")
         datetime.fromisoformat(tree["started"])
         tensors = load(data)
         tree |= {"parameters": tensors["parameters"], "velocity": tensors.get("velocity")}

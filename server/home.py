@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from common import certificates, keys
 from common.certificates import SERVER_DAYS
-from common.errors import ConfigError, UserError
+from common.errors import ConfigError, SchemaError, UserError
 from common.invitation import Invitation
-from common.settings import tree_of
+from common.settings import current, tree_of
 from common.value import first_problem
 from server.control import Control
 from server.denied import HEADER
@@ -182,7 +182,10 @@ def _template() -> str:
 
 def _settings(tree: object) -> CoordinatorSettings:
     try:
-        return CoordinatorSettings.model_validate(tree)
+        given = {"host": "", "port": 8443, "bind": "", "internal_port": 8444}
+        return CoordinatorSettings.model_validate(current(tree, template="coordinator.yaml", **given))
+    except SchemaError as error:
+        raise SchemaError(f"{SETTINGS}: {error}") from None
     except ValidationError as error:
         raise ConfigError(f"{SETTINGS}: {first_problem(error)}") from None
 

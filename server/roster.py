@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from common.trail import Trail
 from server.approvals import pause_seconds
 from server.heads import Heads, taken_from
 from server.mailbox import Mailbox
+from server.revoked import REVOKED
 
 _LOOK_SECONDS = 0.1
 _ATTEMPTS = 3
@@ -112,6 +113,11 @@ class Roster:
             return True
         is_waiting = self.sites[self._names[node]].status == "waiting"
         return is_waiting and time.monotonic() >= self._ask_again
+
+    def strike(self, names: Collection[str]) -> None:
+        """Asks these sites no more: they were revoked. One that is enrolled again comes with the next run."""
+        for name in self.sites.keys() & names:
+            self.sites[name] = replace(self.sites[name], status=REVOKED)
 
     def name(self, node: int) -> str:
         """Returns the name of a site's node."""

@@ -25,6 +25,7 @@ from server.checkpoint import Attendance, RoundRecord, RunState
 from server.heads import Heads, taken_from
 from server.mailbox import NOT_READABLE, Mailbox
 from server.norm import largest_norm
+from server.revoked import REVOKED
 from server.roster import Roster
 from server.strategy import descended
 
@@ -42,6 +43,7 @@ class Rounds:
 
     Args:
         strategy: made for a roster, since Flower's interface lets it choose whom to ask.
+        revoked: returns the names of the sites that are let in no more.
         save: called with the state after every round, before the next begins.
     """
 
@@ -55,12 +57,14 @@ class Rounds:
         trail: Trail,
         heads: Heads,
         save: Callable[[RunState], None],
+        revoked: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         self._grid = grid
         self._plan = plan
         self._trail = trail
         self._heads = heads
         self._save = save
+        self._revoked = revoked
         self._mailbox = Mailbox(grid)
         self._roster = Roster(self._mailbox, plan=plan, run=state.run, trail=trail, heads=heads)
         self._strategy = strategy(lambda purpose: list(self._roster.nodes(purpose)))
@@ -85,6 +89,7 @@ class Rounds:
         test = Released(statistics={}, noise_std={})
         if self._plan.evaluation.test_at_end:
             test = self._evaluate("test", self._plan.rounds)
+        self._learn_sites()
         self._deliver()
         self._count_away()
         self._count_late()
@@ -279,8 +284,10 @@ class Rounds:
 
     def _learn_sites(self) -> None:
         former = self.state.waiting_since
+        self._roster.strike(self._revoked())
         waiting = approvals.since(former, self._roster.waiting)
         sites = {**self.state.sites, **self._roster.sites}
+        sites |= {name: replace(sites[name], status=REVOKED) for name in self._revoked() & sites.keys()}
         self.state = replace(self.state, sites=sites, waiting_since=waiting)
         if waiting != former and self.state.server_round == 0:
             self._save(self.state)  # so that a restart does not wait as long again
@@ -305,6 +312,8 @@ class Rounds:
         self._trail.record(event, **told, task=task.identity)
 
     def _note(self, name: str, code: str, server_round: int) -> None:
+        if code == "missing" and name in self._revoked():
+            code = REVOKED
         self._attend(name, self._attendance(name).with_problem(code))
         self._trail.record("reply_rejected", round=server_round, site=name, code=code)
 

@@ -22,6 +22,7 @@ TASK_POLL_SECONDS: Final = 0.25
 RUN_DIRECTORY: Final = "FEVERFEW_RUN_DIRECTORY"
 HEADS_DIRECTORY: Final = "FEVERFEW_HEADS_DIRECTORY"
 TRAIL_KEY: Final = "FEVERFEW_TRAIL_KEY"
+CERTIFICATES_DIRECTORY: Final = "FEVERFEW_CERTIFICATES_DIRECTORY"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ def environment(home: Home, *, log_format: Format) -> dict[str, str]:
         RUN_DIRECTORY: str(home.runs / "{run}"),
         HEADS_DIRECTORY: str(home.heads),
         TRAIL_KEY: str(home.trail_key),
+        CERTIFICATES_DIRECTORY: str(home.sites),
         logline.VARIABLE: log_format,
     }
 

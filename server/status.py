@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import time
 from dataclasses import asdict, dataclass
 
 import httpx
 
 from common import certificates
-from server import checkpoint, enrolment
+from common.errors import UserError
+from server import checkpoint, enrolment, renewal
 from server.control import Node
 from server.home import Home
 from server.process import Identity
 from server.run_record import SUBMISSION, RunRecord
 from server.services import pid_file
 
+logger = logging.getLogger("feverfew.supervisor")
+
 PROCESSES = ("supervisor", "superlink", "superexec", "gateway")
+ANNOUNCE_SECONDS = 86400.0
 OFFLINE = "offline"
 UNKNOWN = "unknown"
 
@@ -68,7 +74,7 @@ def status(home: Home) -> Status:
     return Status(
         processes={name: None if found is None else found.pid for name, found in processes.items()},
         sites=_sites(home, nodes),
-        expiring=_expiring(home),
+        expiring=expiring(home),
         runs=[
             _run_line(RunRecord(directory=path.parent)) for path in sorted(home.runs.glob(f"*/{SUBMISSION}"))
         ],
@@ -93,11 +99,32 @@ def _sites(home: Home, nodes: list[Node] | None) -> dict[str, str]:
     return {name: "online" if name in present else OFFLINE for name in names}
 
 
-def _expiring(home: Home) -> dict[str, int]:
-    own = certificates.from_pem(home.server_certificate.read_text(encoding="ascii"))
+def expiring(home: Home) -> dict[str, int]:
+    """Returns the days that certificates have left which end within 30 days, by site, or ``gateway``."""
+    own = renewal.current(home)
     ends = {site.name: site.certificate for site in enrolment.newest(home)} | {"gateway": own}
     days = {name: math.floor(certificates.days_left(certificate)) for name, certificate in ends.items()}
     return {name: left for name, left in days.items() if left < certificates.NOTICE_DAYS}
+
+
+class ExpiryLog:
+    """Says in the log, once a day, which certificates end soon."""
+
+    def __init__(self, home: Home) -> None:
+        self._home = home
+        self._due = 0.0
+
+    def announce(self) -> None:
+        """Writes a line for each, if it is time."""
+        if time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + ANNOUNCE_SECONDS
+        remedy = {"gateway": f"; feverfew-server renew {self._home.directory}"}
+        try:
+            for name, days in expiring(self._home).items():
+                logger.warning("%s: %s%s", name, _expiry(days), remedy.get(name, ""))
+        except (OSError, UserError) as error:  # a damaged certificate of one site must not end all
+            logger.error("%s", error)
 
 
 def _expiry(days: int) -> str:

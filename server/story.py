@@ -15,6 +15,7 @@ from server.checkpoint import Attendance, RoundRecord, RunState
 from server.landmarks import Found
 from server.report import LandmarkResult, Participation, Privacy, Report, Round, SitePrivacy, Timing, Versions
 from server.result import Result
+from server.revoked import REVOKED
 from server.rounds import Released
 
 Status = Literal["completed", "quorum_not_reached", "failed"]
@@ -186,9 +187,11 @@ def _story(site: Prepared | None, seen: Attendance, *, rounds: int | None, waiti
         return "answered, but never said who it is"
     if site.status == "waiting":
         return f"nobody there has approved the plan; it waits since {waiting_since}"
+    if site.status == REVOKED and not seen.valid:
+        return "revoked before it sent anything valid"
     if site.status == "incompatible":
         return f"incompatible: {site.reason}; it has Feverfew {site.feverfew}"
-    if site.status != "approved":
+    if site.status not in ("approved", REVOKED):
         return f"{site.status}: {site.reason}"
     if rounds is None:
         told = "sent its landmarks" if seen.valid else "sent no landmarks"
@@ -196,7 +199,9 @@ def _story(site: Prepared | None, seen: Attendance, *, rounds: int | None, waiti
         told = f"evaluated {len(seen.evaluations)} times, did not train"
     else:
         told = f"trained {seen.valid} of {rounds} rounds"
-    problems = [f"{count} x {code}" for code, count in sorted(seen.problems.items())]
+    if site.status == REVOKED:
+        told = f"revoked by the coordinator; before, it {told}"
+    problems = [f"{count} x {code}" for code, count in sorted(seen.problems.items()) if code != REVOKED]
     if seen.away:
         problems.append(f"went away over {seen.away} tasks, which were sent again")
     if seen.late:

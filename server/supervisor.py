@@ -20,12 +20,13 @@ from filelock import FileLock, Timeout
 from common import logline, monitor
 from common.errors import DeploymentError, UserError
 from common.logline import Format
-from server import enrolment, flower_state, process, trail
+from server import enrolment, flower_state, process, renewal, trail
 from server.dispatch import Dispatch, watch
 from server.home import Home
 from server.process import Identity
 from server.run_record import open_runs
 from server.services import Service, environment, pid_file, services
+from server.status import ExpiryLog
 from server.vitals import Vitals
 
 logger = logging.getLogger("feverfew.supervisor")
@@ -59,21 +60,26 @@ class Supervisor:
     log_format: Format = "text"
     _dispatch: Dispatch = field(init=False)
     _vitals: Vitals = field(init=False)
+    _watch: renewal.Watch = field(init=False)
+    _expiry: ExpiryLog = field(init=False)
     _supervised: list[Supervised] = field(default_factory=list)
     _stopping: bool = False
     _looked_at_keys: float = 0.0
 
     def __post_init__(self) -> None:
         self._dispatch = Dispatch(home=self.home)
+        self._watch, self._expiry = renewal.Watch(self.home), ExpiryLog(self.home)
         self._vitals = Vitals(self.home)
 
     def run(self, *, say: Callable[[str], None] = print) -> None:
         """Starts everything, watches it, ends it after SIGTERM or SIGINT.
 
         Raises:
-            UserError: a supervisor runs for this directory already, or a key file is open to others.
+            UserError: a supervisor runs for this directory already, a key file is open to others, or the
+                server certificate has expired.
             DeploymentError: a process does not become ready.
         """
+        renewal.require_valid(self.home)
         self.home.check_secrets()
         try:
             with FileLock(self.home.state / "supervisor.lock", timeout=0):
@@ -107,6 +113,8 @@ class Supervisor:
             end_dispatch, end_monitor = watch(self._dispatch, threading.Event()), self._monitor()
             while not self._stopping:
                 self._look_after()
+                self._take_up_certificate()
+                self._expiry.announce()
                 self._retire_keys()
                 time.sleep(LOOK_SECONDS)
             end_monitor()
@@ -144,9 +152,27 @@ class Supervisor:
             with contextlib.suppress(httpx.HTTPError):
                 self._settle()
 
+    def _take_up_certificate(self) -> None:
+        """Starts the processes again that use the server certificate, when it was renewed.
+
+        Runs and sites wait meanwhile, as when such a process dies; nothing of it is a loss.
+        """
+        if not self._watch.has_changed():
+            return
+        trail.record_if_possible(self.home, "certificate_taken_up")
+        for place, supervised in enumerate(self._supervised):
+            name = supervised.service.name
+            if name in renewal.USERS and supervised.due is None:
+                end_leftover(self.home, name)
+                supervised.process.wait()
+                self._supervised[place] = self._start(supervised.service)
+                logger.info("%s was started again with the new server certificate", name)
+
     def _start(self, service: Service) -> Supervised:
         if service.name == "superlink":
             self._look_at_state()
+        if service.name in renewal.USERS:
+            renewal.current(self.home)  # completes one that was cut off
         workplace = self.home.state / "empty"  # Flower's programs import from their working directory
         workplace.mkdir(mode=0o700, exist_ok=True)
         log = self._log_of(service)

@@ -208,6 +208,24 @@ def test_a_reply_is_given_up_when_the_message_has_expired(agent: Agent, fleet: S
     assert not fleet.replies
 
 
+def test_a_task_that_the_coordinator_has_forgotten_does_not_hold_the_site_until_it_expires(
+    agent: Agent, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The SuperLink's data base came back from a backup: of a run that is not in it, it says error 500."""
+    monkeypatch.setattr(patience, "BROKEN_SECONDS", 0.3)
+    fleet.failures = {"pull": [refused(500) for _ in range(1000)]}
+    fleet.waiting = [tiny.task("train", ttl=3600)]
+    run_until(agent, lambda: fleet.calls.count("activate") == 2 and fleet.calls[-1] == "receive")
+    assert fleet.calls.count("pull") > 2 and not fleet.replies, "it comes again, so that the server learns"
+
+
+def test_a_spell_of_internal_errors_costs_no_task(agent: Agent, fleet: ScriptedFleet) -> None:
+    fleet.failures = {"pull": [refused(500), httpx.ConnectError("away"), refused(500)]}
+    fleet.waiting = [tiny.task("train")]
+    run_until(agent, lambda: len(fleet.replies) == 1)
+    assert fleet.calls.count("activate") == 1
+
+
 def test_a_worker_that_does_not_answer_before_the_message_expires_is_ended(
     agent: Agent, fleet: ScriptedFleet
 ) -> None:

@@ -232,6 +232,7 @@ def test_secure_noise_is_fresh_for_every_site_state(site: Site) -> None:
     shutil.rmtree(site.state)
     assert refusal(site, asked, task_of(asked)) == "ledger_broken"
     head_path(site).unlink()
+    shutil.rmtree(site.directory / "plans")
     assert not np.array_equal(trained(site, asked).values, first.values)
 
 

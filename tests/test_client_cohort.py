@@ -24,7 +24,7 @@ from client.case import Case, Refused
 from client.cohort import Cohort, freeze, open_cohort
 from client.site import Site, Split, open_site
 from common import keys
-from common.errors import ConfigError, DataError, StateError, UserError
+from common.errors import ConfigError, DataError, SchemaError, StateError, UserError
 from tests.plans import asked
 
 CLASSES = ("normal", "opacity")
@@ -478,6 +478,28 @@ def test_another_key_or_an_edited_list_stops_the_site(site: Site) -> None:
         path.write_text(edited)
         with pytest.raises(StateError):
             freeze(site)
+
+
+@pytest.mark.parametrize(("found", "told"), [(99, "a newer Feverfew wrote it"), (1, "--freeze")])
+def test_a_cohort_of_another_schema_is_refused_and_left_as_it_is(site: Site, found: int, told: str) -> None:
+    opened(site)
+    path = site.private / "cohort.json"
+    tree = json.loads(path.read_text())
+    tree["list"]["format"] = found
+    secret = bytes.fromhex((site.private / "split.key").read_text())
+    tree["version"] = frozen._version(tree["list"], secret=secret)
+    path.write_text(json.dumps(tree))
+    before = path.read_bytes()
+    for action in (opened, freeze):
+        with pytest.raises(SchemaError, match=told):
+            action(site)
+    assert path.read_bytes() == before
+
+
+def test_a_cohort_that_was_moved_away_is_frozen_again_with_the_same_parts(site: Site) -> None:
+    before = opened(site).version
+    (site.private / "cohort.json").unlink()
+    assert opened(site).version == before, "which tells the list and who is in which part"
 
 
 def test_split_key_that_is_missing_damaged_or_readable_by_others_stops_the_site(site: Site) -> None:

@@ -179,3 +179,14 @@ def test_mistakes_give_one_line_and_record_nothing(
     code, _, err = run(site.directory, *arguments)
     assert code == 2 and err.startswith("feverfew-client: ") and err.count("\n") == 1, err
     assert decision.every(site) == []
+
+
+def test_a_plan_of_a_newer_version_is_refused_in_one_line_and_nothing_is_recorded(
+    site: Site, file: Path, run: Any
+) -> None:
+    newer = json.loads(ASKED.to_json()) | {"schema_version": 3, "from_another_time": True}
+    file.write_text(json.dumps(newer))
+    code, _, told = run(site.directory, file, "--yes")
+    assert code == 2 and told.count("\n") == 1
+    assert "a plan of schema 2 at most, found 3: a newer Feverfew wrote it; update this one" in told
+    assert not decision.every(site)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -215,17 +216,41 @@ def test_site_set_up_anew_with_another_key_declines_and_can_be_restored(site: Si
         remembered = ledger.head
     shutil.rmtree(site.state)
     release.head_path(site).unlink()
+    shutil.rmtree(site.state.with_name("plans"))
     (site.private / "site.key").unlink()
     with release.open_ledger(site) as ledger, pytest.raises(LedgerError, match="set up again"):
         ledger.require_known(remembered)
     assert not is_stopped(site), "a coordinator's word alone stops nothing"
-    restoration.restore(site)
+    restoration.restore(site, plans=[FIRST])
     with release.open_ledger(site) as ledger:
         ledger.require_known(remembered)
         assert ledger.head.number < 10, "whatever number was claimed"
     assert spent(site) == cost_of(site, FIRST)
     with pytest.raises(UserError, match="intact"):
         restoration.restore(site)
+
+
+def test_site_that_lost_its_state_and_still_has_its_plans_stops_by_itself(site: Site) -> None:
+    release_round(site, FIRST, server_round=1, run="a")
+    shutil.rmtree(site.state)
+    release.head_path(site).unlink()
+    assert restored(site).num_kept == 0
+    assert spent(site) == cost_of(site, FIRST)
+
+
+def test_plan_of_another_schema_that_is_kept_must_be_named(site: Site) -> None:
+    """Nobody here can say what it cost."""
+    release_round(site, FIRST, server_round=1, run="a")
+    kept = site.state.with_name("plans") / f"{FIRST.hash}.json"
+    record = json.loads(kept.read_text())
+    kept.with_name("older.json").write_text(
+        json.dumps(record | {"plan": {"schema_version": 1, "study": "x"}})
+    )
+    release.ledger_path(site).unlink()
+    with pytest.raises(UserError, match=r"found older\.json of another version; name with --plan"):
+        restoration.restore(site)
+    restoration.restore(site, plans=[FIRST, SECOND])
+    assert spent(site) == cost_of(site, FIRST, SECOND)
 
 
 def test_every_run_of_a_plan_that_can_be_read_is_charged(site: Site) -> None:
@@ -300,9 +325,8 @@ def test_restoration_charges_the_named_plans_alone_if_a_person_knows_better(site
 
 def test_restoration_is_recorded_over_the_budget_too(tmp_path: Path) -> None:
     poor = write_site(tmp_path / "poor", num_patients=1, max_epsilon=3.0)
-    approval.keep(poor, FIRST)
-    approval.keep(poor, SECOND)
     release_round(poor, FIRST, server_round=1, run="a")
+    approval.keep(poor, SECOND)
     release.ledger_path(poor).unlink()
     restored(poor)
     assert spent(poor) > 3.0

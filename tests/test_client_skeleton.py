@@ -55,7 +55,7 @@ def test_a_hospital_has_to_state_its_number_of_patients_itself(tmp_path: Path) -
 
 def test_every_key_of_the_settings_has_its_explanation(tmp_path: Path) -> None:
     text = skeleton.settings_text(name="north", nominal_patients=84)
-    assert set(yaml.safe_load(text)) == set(SiteSettings.model_fields)
+    assert set(yaml.safe_load(text)) == {"schema", *SiteSettings.model_fields}
     explained = False
     for line in text.splitlines():
         comment = line.strip().startswith("#")

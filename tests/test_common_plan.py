@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from common import plan as plans
-from common.errors import ConfigError
-from common.plan import Plan
+from common.errors import ConfigError, SchemaError
+from common.plan import SCHEMA_VERSION, Plan
 from common.value import Value, canonical_json
 from tests.plans import plan
 
@@ -116,7 +117,6 @@ def test_canonical_json_refuses_numbers_that_json_does_not_have(number: float) -
         ("study", "Not A Name"),
         ("study", "../up"),
         ("randomness", "maybe"),
-        ("schema_version", 1),
         ("classes", ["only"]),
         ("classes", "normal"),
         ("sites", 0),
@@ -155,6 +155,29 @@ def test_value_out_of_range_is_refused_in_one_line_that_names_the_key(path: str,
     message = refusal(changed(path, value))
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (3, "schema 2 at most, found 3: a newer Feverfew wrote it; update this one"),
+        (1, "schema 2, found 1: an older Feverfew made it; compose it again with feverfew-server plan"),
+        (None, "with a schema version, found None"),
+        ("2", "with a schema version, found '2'"),
+        (True, "with a schema version, found True"),
+    ],
+)
+def test_plan_of_another_schema_is_refused_by_its_age(found: Any, told: str) -> None:
+    """Whatever else it holds."""
+    with pytest.raises(SchemaError) as caught:
+        Plan.from_json(json.dumps({"schema_version": found, "from_another_time": 1}))
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_plan_of_this_schema_keeps_its_keys_and_its_hash() -> None:
+    """If this fails, a key came or went: raise SCHEMA_VERSION, and write the file anew under its number."""
+    text = (Path(__file__).parent / "former" / f"plan-{SCHEMA_VERSION}.json").read_text(encoding="utf-8")
+    assert Plan.from_json(text).to_json() == text
 
 
 @pytest.mark.parametrize(

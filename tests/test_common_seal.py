@@ -7,19 +7,21 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from common import keys, seal, trail
-from common.errors import StateError
+from common.errors import SchemaError, StateError
 from common.seal import Finding, Seal
-from common.trail import Trail
+from common.trail import End, Trail
 
 KEY, OTHER = keys.generate(), keys.generate()
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,7 +206,7 @@ def test_text_of_a_trail_and_of_the_ledger_never_pass_for_each_other(path: Path)
 WRITER = """
 import sys
 from pathlib import Path
-from common.trail import Trail
+from common.trail import End, Trail
 log = Trail(Path(sys.argv[1]))
 for number in range(int(sys.argv[3])):
     log.record("reply", writer=sys.argv[2], of_writer=number)
@@ -248,7 +250,7 @@ import os, signal, sys
 from pathlib import Path
 from common import keys, seal, trail
 from common.seal import Seal
-from common.trail import Trail
+from common.trail import End, Trail
 path, bytes_written, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 write = os.write
 def half(descriptor, text):
@@ -332,7 +334,37 @@ def test_what_an_event_costs_does_not_grow_with_the_trail(
 
     monkeypatch.setattr(os, "pread", counted)
     Trail(path).record("next")
-    assert path.stat().st_size > 5e6 and sum(read) <= 4096
+    assert path.stat().st_size > 5e6 and sum(read) <= 2 * 4096
+
+
+def test_a_trail_of_a_newer_version_is_refused_and_left_as_it_is(path: Path) -> None:
+    written(path)
+    path.write_bytes(path.read_bytes().replace(b'"schema": 1', b'"schema": 2', 1))
+    before = path.read_bytes()
+    with pytest.raises(SchemaError, match="a newer Feverfew wrote it; update this one"):
+        Trail(path).record("next")
+    with pytest.raises(SchemaError):
+        seal.sign(path, seal_of(path))
+    assert path.read_bytes() == before
+    assert "a newer Feverfew" in verified(path).problem
+
+
+def test_a_trail_from_before_schemas_were_noted_goes_on(path: Path) -> None:
+    """Its first line is signed as it is, without one."""
+    with patch.object(trail, "_append", _without_schema):
+        written(path)
+    assert b"schema" not in path.read_bytes()
+    Trail(path).record("next")
+    seal.sign(path, seal_of(path))
+    assert verified(path).is_unbroken
+
+
+def _without_schema(descriptor: int, event: str, fields: Mapping[str, Any], *, after: End) -> End:
+    """As the former software wrote a line."""
+    tree = {"number": after.number + 1, "time": "2026-11-24T12:00:00.000+00:00", "event": event, **fields}
+    text = json.dumps(tree | {"previous": after.hash}).encode()
+    os.write(descriptor, text + b"\n")
+    return End(number=after.number + 1, hash=trail.line_hash(text))
 
 
 def test_a_trail_of_an_older_version_goes_on_and_is_told_apart(path: Path) -> None:

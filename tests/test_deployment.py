@@ -516,7 +516,7 @@ def _simulated(
     """Runs a plan over copies of the sites, without their state; returns the final model's file."""
     copies = real.directory / f"{run}-{engine_name}-{workers}"
     for name in REAL_SITES:
-        left_out = shutil.ignore_patterns("state", "cache", "*.log", "ledger.head", "trail.head")
+        left_out = shutil.ignore_patterns("state", "plans", "cache", "*.log", "ledger.head", "trail.head")
         shutil.copytree(real.directory / name, copies / name, ignore=left_out)
     directory = copies / "run"
     directory.mkdir()

@@ -325,4 +325,4 @@ def test_settings_of_a_site_in_conf_are_those_that_init_writes(tmp_path: Path) -
     settings = yaml.safe_load(template.format(name="north", nominal_patients=84))
     skeleton.complete(tmp_path / "north", name="north", nominal_patients=84)
     assert settings == yaml.safe_load((tmp_path / "north" / "site.yaml").read_text(encoding="utf-8"))
-    assert set(settings) == set(SiteSettings.model_fields)
+    assert set(settings) == {"schema", *SiteSettings.model_fields}

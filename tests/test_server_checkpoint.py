@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.errors import StateError
+from common.errors import SchemaError, StateError
 from common.exchange import Prepared
 from server import checkpoint
 from server.checkpoint import Attendance, RoundRecord, RunState
@@ -143,4 +143,30 @@ def test_a_value_of_another_kind_is_noticed_even_under_a_checksum_that_fits(tmp_
     tree["sha256"] = checkpoint.checksum(tree, parameters=data)
     (folder / "state.json").write_text(json.dumps(tree))
     with pytest.raises(StateError):
+        saved(tmp_path)
+
+
+def resaved(directory: Path, **changed: object) -> None:
+    """Writes the state of round 3 anew, as software of another version would."""
+    path = directory / "000003"
+    tree = json.loads((path / "state.json").read_text())
+    del tree["sha256"]
+    tree = {name: value for name, value in (tree | changed).items() if value is not None}
+    parameters = (path / "parameters.safetensors").read_bytes()
+    tree["sha256"] = checkpoint.checksum(tree, parameters=parameters)
+    (path / "state.json").write_text(json.dumps(tree))
+
+
+def test_a_state_from_before_schemas_were_noted_is_read(tmp_path: Path) -> None:
+    checkpoint.save_state(tmp_path, state())
+    resaved(tmp_path, schema=None)
+    found = saved(tmp_path)
+    assert found is not None and found.server_round == 3
+
+
+def test_a_state_of_a_newer_version_is_refused_and_no_older_one_is_taken_instead(tmp_path: Path) -> None:
+    checkpoint.save_state(tmp_path, state(2))
+    checkpoint.save_state(tmp_path, state(3))
+    resaved(tmp_path, schema=2, momentum=[1.0])
+    with pytest.raises(SchemaError, match="schema 1 at most, found 2: a newer Feverfew wrote it"):
         saved(tmp_path)

@@ -20,6 +20,7 @@ from common import exchange, metrics, model
 from common.calibration import measure_noise_std
 from common.errors import QuorumNotReached
 from common.exchange import Prepared, Scored, Task, Update
+from common.flower import ErrorCode
 from common.metrics import Histogram
 from common.plan import Plan
 from common.trail import Trail, read
@@ -28,6 +29,7 @@ from server.checkpoint import RunState
 from server.heads import Heads
 from server.norm import largest_norm
 from server.report import Report
+from server.revoked import revoked_sites
 from server.rounds import Rounds
 from server.strategy import FedAvg
 from tests.grid import Behaviour, InlineGrid
@@ -550,6 +552,64 @@ def test_the_report_tells_who_waits_and_since_when_and_who_is_of_another_version
     assert told["c"].status == "waiting" and "nobody there has approved the plan" in told["c"].story
     assert told["d"].story == "incompatible: incompatible_plan; it has Feverfew 9.9"
     assert told["a"].waiting_since is None
+
+
+@pytest.mark.parametrize("when", ["in a round", "between rounds", "before it trained"])
+def test_a_revoked_site_is_called_so_and_not_missing(tmp_path: Path, when: str) -> None:
+    plan = tiny_plan(sites=3, rounds=4, quorum=2)
+    certificates = tmp_path / "sites"
+    certificates.mkdir()
+    for name in "abc":
+        (certificates / f"{name}.1.crt").touch()
+    nodes = {name: site(plan, name, 0.5) for name in "abc"}
+    grid = InlineGrid(nodes)
+    last = 1 if when == "before it trained" else 2
+    (number,) = (node for node, name in grid.names.items() if name == "b")
+    answer = grid.behaviours[number]
+
+    def revoked_meanwhile(message: Message) -> Message | None:
+        record = message.content.config_records.get("task", {})
+        if message.metadata.message_type == "train" and record["server-round"] == last:
+            (certificates / "b.1.crt").rename(certificates / "b.1.revoked")
+            grid.unregistered.add(number)
+            del grid.names[number]
+            lost = Error(code=ErrorCode.NODE_UNAVAILABLE, reason="")
+            return answer(message) if when == "between rounds" else Message(lost, reply_to=message)
+        return answer(message)
+
+    grid.behaviours[number] = revoked_meanwhile
+    app.coordinate(
+        grid,
+        plan,
+        run="r",
+        directory=tmp_path,
+        heads=Heads(tmp_path / "heads"),
+        engine="test",
+        revoked=lambda: revoked_sites(certificates),
+    )
+    told = Report.read(tmp_path)
+    assert told.status == "completed"
+    assert told.participation["b"].status == "revoked"
+    assert (
+        told.participation["b"].story
+        == {
+            "in a round": "revoked by the coordinator; before, it trained 1 of 4 rounds; "
+            "went away over 1 tasks, which were sent again",
+            "between rounds": "revoked by the coordinator; before, it trained 2 of 4 rounds",
+            "before it trained": "revoked before it sent anything valid",
+        }[when]
+    )
+    assert "missing" not in (tmp_path / "report.json").read_text()
+    codes = [event["code"] for event in read(tmp_path / "events.jsonl") if event["event"] == "reply_rejected"]
+    assert codes == ([] if when == "between rounds" else ["revoked"]), "it is asked no more after that"
+    assert told.participation["a"].story == "trained 4 of 4 rounds"
+
+
+def test_a_site_that_was_enrolled_again_is_not_called_revoked(tmp_path: Path) -> None:
+    for name in ("a.1.revoked", "a.2.crt", "b.1.crt", "c.1.revoked", "d.1.retired", "d.2.crt"):
+        (tmp_path / name).touch()
+    assert revoked_sites(tmp_path) == {"c"}
+    assert revoked_sites(tmp_path / "nowhere") == frozenset()
 
 
 def test_a_clock_that_was_put_back_does_not_lengthen_the_deadline() -> None:

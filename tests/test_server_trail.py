@@ -12,7 +12,7 @@ import pytest
 from flwr.app import Context, RecordDict
 
 from common import certificates, keys
-from common.errors import QuorumNotReached
+from common.errors import QuorumNotReached, SchemaError
 from common.plan import Plan
 from common.trail import Trail, account, read
 from server import __main__ as command
@@ -38,11 +38,15 @@ def make_home(directory: Path) -> Home:
 
 def carry(home: Home, plan: Plan, nodes: dict[str, Behaviour], *, run: str = RUN) -> None:
     """Submits a plan and carries the run as its ServerApp does."""
-    submission.submit(home, plan.to_json(), run)
+    carry_text(home, plan.to_json(), nodes, run=run)
+
+
+def carry_text(home: Home, plan: str, nodes: dict[str, Behaviour], *, run: str) -> None:
+    submission.submit(home, plan, run)
     with pytest.MonkeyPatch.context() as patch:
         for name in (services.RUN_DIRECTORY, services.HEADS_DIRECTORY, services.TRAIL_KEY):
             patch.setenv(name, services.environment(home, log_format="text")[name])
-        config = {"plan": plan.to_json(), "run": run}
+        config = {"plan": plan, "run": run}
         state = RecordDict()
         context = Context(run_id=1, node_id=1, node_config={}, state=state, run_config=config)
         app.main(InlineGrid(nodes), context)
@@ -66,6 +70,16 @@ def done(home: Home) -> Home:
 def events(home: Home, run: str | None = RUN) -> list[dict[str, Any]]:
     directory = home.directory if run is None else home.runs / run
     return list(read(directory / "events.jsonl"))
+
+
+def test_a_run_of_a_former_schema_ends_at_once_and_says_why(home: Home) -> None:
+    """After an update of the coordinator: it is not started eight times in vain."""
+    former = json.dumps({"schema_version": 1, "study": "chest"})
+    with pytest.raises(SchemaError):
+        carry_text(home, former, {}, run="former")
+    end = RunRecord(directory=home.runs / "former").end
+    assert end is not None and end.status == "failed"
+    assert "a plan of schema 2, found 1: an older Feverfew made it" in end.message
 
 
 def test_a_run_is_signed_when_it_ends_and_before_it_is_called_ended(done: Home) -> None:
