@@ -39,13 +39,13 @@ class Gaussian:
         self._num_bytes = 0
         self._bits = bytearray(len(_ZEROS))
 
-    def standard_normal(self, size: int | tuple[int, ...] = (), dtype: Any = np.float64) -> Any:
+    def standard_normal(self, size: int | tuple[int, ...] | None = None, dtype: Any = np.float64) -> Any:
         """Returns an array of this shape, float32 or float64; without a shape it has one number.
 
         Raises:
             OverflowError: more numbers than one key may decide.
         """
-        shape = (size,) if isinstance(size, int) else size
+        shape = (size,) if isinstance(size, int) else size or ()
         number = math.prod(shape)
         values = np.empty(number + number % 2, dtype=dtype)
         for start in range(0, len(values), 2 * CHUNK_PAIRS):

@@ -141,6 +141,7 @@ class Hospital:
     def forget(self) -> None:
         """Begins anew, but for the cache of decoded images, which takes a second to make."""
         shutil.rmtree(self.site.state, ignore_errors=True)
+        shutil.rmtree(self.site.directory / "plans", ignore_errors=True)
         release.head_path(self.site).unlink(missing_ok=True)
         shutil.rmtree(self.sent)
         self.sent.mkdir()

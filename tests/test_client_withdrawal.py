@@ -105,6 +105,7 @@ def test_update_is_that_of_a_site_that_never_had_the_patient(tmp_path: Path) -> 
     without(never, patient)
     everybody = update(site)
     shutil.rmtree(site.state)
+    shutil.rmtree(site.directory / "plans")
     release.head_path(site).unlink()
     withdrawal.withdraw(site, patient=patient)
     assert update(site) == update(never) != everybody

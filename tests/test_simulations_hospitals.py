@@ -217,7 +217,12 @@ def test_written_site_can_be_read(tmp_path: Path) -> None:
     write_site(tmp_path / "north", settings=settings, cases=[case], split_key=bytes(range(32)))
     opened = open_site(tmp_path / "north")
     assert opened.settings.delta == 1e-5
-    assert opened.settings == SiteSettings.model_validate(settings)
+    assert (
+        opened.settings.model_dump()
+        == SiteSettings.model_validate(
+            {key: value for key, value in settings.items() if key != "schema"}
+        ).model_dump()
+    )
     assert read_key(opened) == bytes(range(32))
     assert rows(tmp_path / "north") == [{"image": 'images/a, "b".png', "label": "normal", "patient_id": "7"}]
 
