@@ -6,13 +6,12 @@ runs is the code that is installed. It opens connections, and accepts none.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from datetime import datetime
 from typing import Final, TypeVar
 
@@ -24,7 +23,8 @@ from client import log as log_lines
 from client import rest, trail
 from client.access import Access
 from client.fleet import Fleet, Task, without_superseded
-from client.patience import MAX_RETRY_SECONDS, Outage, is_temporary, persist, reason
+from client.patience import Outage, is_temporary, persist, reason
+from client.presence import Presence
 from client.site import Site
 from client.vitals import Vitals
 from client.worker import DEFAULT_APP, WORKER_DIED, Worker, forkserver, shown_run
@@ -36,15 +36,10 @@ from common.trail import account
 logger = logging.getLogger("feverfew.agent")
 Answer = TypeVar("Answer")
 
-BEAT_SECONDS: Final = 0.4 * flower.HEARTBEAT_SECONDS
-"""Four beats before the SuperLink, which waits for two intervals, takes the site for offline."""
 MIN_PAUSE_SECONDS: Final = 0.1
 MAX_PAUSE_SECONDS: Final = 2.0
 PAUSE_FRACTION: Final = 0.05
 """A waiting site asks after 5 % of the time that it has waited: what it adds to a round is 5 % at most."""
-ADMISSION_SECONDS: Final = 1.0
-ABSENCE_SECONDS: Final = 1.5
-"""The server asks for every reply several times a second, and is told then that its site is away."""
 CACHED_RUNS: Final = 8
 ATTEMPTS: Final = 3
 """A task over which so many workers have died is answered with an error: it is the task that kills them."""
@@ -79,15 +74,22 @@ class Agent:
     """
 
     site: Site
-    fleet: Fleet
+    fleet: InitVar[Fleet]
     worker: Worker
-    access: Access | None = None
+    access: InitVar[Access | None] = None
     vitals: Vitals = field(default_factory=Vitals)
     _configs: dict[int, dict[str, str]] = field(default_factory=dict)
     _stop: threading.Event = field(default_factory=threading.Event)
-    _lost: threading.Event = field(default_factory=threading.Event)
     _outage: Outage = field(default_factory=Outage)
-    _node_id: int = 0
+
+    def __post_init__(self, fleet: Fleet, access: Access | None) -> None:
+        self.presence = Presence(
+            note=self.site.state / "node", fleet=fleet, access=access, vitals=self.vitals, stop=self._stop
+        )
+
+    @property
+    def _fleet(self) -> Fleet:
+        return self.presence.fleet
 
     def run(self) -> None:
         """Works until ``stop`` is called or a signal raises; survives every failure of the other side.
@@ -115,18 +117,18 @@ class Agent:
         trail.record_if_possible(self.site, "started", by=account())
         flower.shorten_backoff()
         flower.bound_messages(MAX_TASK_BYTES, max_seconds=DOWNLOAD_SECONDS)
-        heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        heart = threading.Thread(target=self.presence.beat, name="heartbeat", daemon=True)
         end_monitor = self._monitor()
         try:
             self.worker.warm_up()
-            self._activate()
+            self.presence.come()
             heart.start()
             self._work()
         finally:
             self._stop.set()
             self.worker.kill()
-            self._say_goodbye()
-            self.fleet.close()
+            self.presence.go()
+            self._fleet.close()
             end_monitor()
             pid_file.unlink(missing_ok=True)
             trail.record_if_possible(self.site, "stopped")
@@ -136,22 +138,22 @@ class Agent:
         port = self.site.settings.monitor_port
         if port is None:
             return lambda: None
-        return monitor.serve(port, self.vitals.registry, is_ready=lambda: bool(self._node_id))
+        return monitor.serve(port, self.vitals.registry, is_ready=lambda: bool(self.presence.node_id))
 
     def _work(self) -> None:
         since = time.monotonic()
         while not self._stop.is_set():
             if why := self._rests():
                 self._rest(why)
-            if self._lost.is_set():
-                self._activate()
+            if self.presence.is_lost:
+                self.presence.come()
             tasks = self._waiting_tasks()
             for task in tasks:
                 with logline.about(round=task.server_round):
                     self._do(task)
                 since = time.monotonic()
             if not tasks:
-                self._change_key()
+                self.presence.change_key()
                 self._stop.wait(pause_seconds(time.monotonic() - since))
 
     def _rests(self) -> str:
@@ -160,18 +162,18 @@ class Agent:
     def _rest(self, why: str) -> None:
         """Is away for the coordinator, as long as there is a reason to rest."""
         logger.info("resting: %s", why)
-        self._say_goodbye()
+        self.presence.go()
         self.vitals.resting.set(1)
         while self._rests() and not self._stop.wait(MAX_PAUSE_SECONDS):
             pass
         self.vitals.resting.set(0)
-        self._lost.set()
+        self.presence.lose()
 
     def _waiting_tasks(self) -> list[Task]:
         """Fetches the heads of all tasks that wait; says no to those that a later round has overtaken."""
         tasks: list[Task] = []
         try:
-            while (task := self.fleet.receive()) is not None:
+            while (task := self._fleet.receive()) is not None:
                 tasks.append(task)
             self._outage.end()
         except httpx.ConnectError as error:
@@ -179,13 +181,13 @@ class Agent:
             self._stop.wait(MAX_PAUSE_SECONDS)  # nothing was sent, so nothing is lost
         except httpx.TransportError as error:
             logger.warning("an answer of the coordinator was lost (%s), a task perhaps", reason(error))
-            self._lost.set()
+            self.presence.lose()
         except httpx.HTTPStatusError as error:
             if error.response.status_code == 503:  # the gateway is there, the SuperLink is not
                 self._stop.wait(MAX_PAUSE_SECONDS)
                 return tasks
             logger.warning("the coordinator refuses this site: %s", flower.refusal_text(error))
-            self._lost.set()
+            self.presence.lose()
         except flower.UNREADABLE as error:
             logger.warning("the coordinator sent something that is no task (%s)", reason(error))
             self._stop.wait(MAX_PAUSE_SECONDS)
@@ -203,7 +205,7 @@ class Agent:
         error = Error(code=flower.ErrorCode.UNKNOWN, reason=why)
         trail.record_if_possible(self.site, "refused", code=why)
         try:
-            self._persist(lambda: self.fleet.drop(task), seconds=task.head.metadata.ttl)
+            self._persist(lambda: self._fleet.drop(task), seconds=task.head.metadata.ttl)
             self._send(Message(error, reply_to=task.head))
         except httpx.HTTPError:
             logger.info("a task that is not done (%s) was not answered: its run has ended", why)
@@ -213,7 +215,7 @@ class Agent:
         meta = task.head.metadata
         try:
             config = self._config(task.run_id)
-            message = self._persist(lambda: self.fleet.pull(task), seconds=meta.ttl)
+            message = self._persist(lambda: self._fleet.pull(task), seconds=meta.ttl)
         except (httpx.HTTPError, flower.ObjectPullError) as error:
             logger.warning("a task could not be fetched and is dropped: %s", reason(error))
             self._note_loss(error)
@@ -224,7 +226,7 @@ class Agent:
             return
         context = Context(
             run_id=task.run_id,
-            node_id=self._node_id,
+            node_id=self.presence.node_id,
             node_config={"site": str(self.site.directory.resolve())},
             state=RecordDict(),
             run_config=dict(config),
@@ -261,7 +263,7 @@ class Agent:
 
     def _send(self, reply: Message) -> bool:
         try:
-            self._persist(lambda: self.fleet.push(reply), seconds=reply.metadata.ttl)
+            self._persist(lambda: self._fleet.push(reply), seconds=reply.metadata.ttl)
         except (httpx.HTTPError, flower.ObjectPushError) as error:
             logger.warning("a reply was not delivered: %s", reason(error))
             self._note_loss(error)
@@ -271,12 +273,12 @@ class Agent:
     def _note_loss(self, error: Exception) -> None:
         """Comes again after what the coordinator could not answer, so that it learns what was lost."""
         if isinstance(error, httpx.HTTPError) and is_temporary(error):
-            self._lost.set()
+            self.presence.lose()
 
     def _config(self, run_id: int) -> dict[str, str]:
         """Returns the plan and our id of a run; other settings of the run are not looked at."""
         if run_id not in self._configs:
-            found = self._persist(lambda: self.fleet.run_config(run_id))
+            found = self._persist(lambda: self._fleet.run_config(run_id))
             self._configs[run_id] = {key: str(found[key]) for key in ("plan", "run") if key in found}
             while len(self._configs) > CACHED_RUNS:
                 del self._configs[next(iter(self._configs))]
@@ -284,87 +286,6 @@ class Agent:
 
     def _persist(self, request: Callable[[], Answer], *, seconds: float = float("inf")) -> Answer:
         return persist(request, stop=self._stop, seconds=seconds)
-
-    def _activate(self) -> None:
-        """Tells the coordinator that the site is there, for as long as it takes.
-
-        A node that is taken for online is refused, so a former life of this agent is ended first.
-        """
-        delay = ADMISSION_SECONDS
-        while not self._stop.is_set():
-            try:
-                self._end_former_life()
-                self._node_id = self._persist(self.fleet.activate)
-            except httpx.HTTPStatusError as error:
-                text = flower.refusal_text(error)
-                logger.warning("not admitted (%s): is this site's key enrolled, and the clock right?", text)
-            else:
-                self._note_node()
-                self._lost.clear()
-                self.vitals.connected.set(1)
-                return
-            self._stop.wait(delay)
-            delay = min(2 * delay, MAX_RETRY_SECONDS)
-
-    def _change_key(self) -> None:
-        """Goes on with a renewed key: the site comes as a new node before the former one goes."""
-        renewed = None if self.access is None else self.access.renewed()
-        if self.access is None or renewed is None:
-            return
-        try:
-            node_id = self._persist(renewed.activate)
-        except httpx.HTTPError as error:
-            logger.warning("the renewed key is not admitted yet: %s", reason(error))
-            return
-        former, former_id = self.fleet, self._node_id
-        self.fleet, self._node_id = renewed, node_id
-        self.access.keep()
-        self._note_node()
-        with contextlib.suppress(httpx.HTTPError):
-            former.deactivate(former_id)
-
-    def _note_node(self) -> None:
-        (self.site.state / "node").write_text(f"{self._node_id}\n")
-        logger.info("connected as node %d", self._node_id)
-
-    def _end_former_life(self) -> None:
-        """Ends what the SuperLink still takes for this site, and stays away until the server has noticed.
-
-        Only of a site that is away does the server learn that a task on its way to it is lost.
-        """
-        path = self.site.state / "node"
-        if not path.exists():
-            return
-        former = path.read_text().strip()
-        try:
-            self._persist(lambda: self.fleet.deactivate(int(former)))
-        except (ValueError, httpx.HTTPStatusError) as error:
-            logger.debug("node %r was not online: %s", former, error)
-        else:
-            self._stop.wait(ABSENCE_SECONDS)
-
-    def _beat(self) -> None:
-        """Keeps the site online until the end; runs in a thread of its own."""
-        while not self._stop.wait(BEAT_SECONDS):
-            if not self._node_id:
-                continue  # it rests
-            try:
-                known = self.fleet.beat()
-            except httpx.HTTPStatusError as error:
-                known = is_temporary(error)
-            except httpx.HTTPError:
-                known = True  # the connection is away; the main loop says so
-            if not known:
-                self._lost.set()
-
-    def _say_goodbye(self) -> None:
-        if self._node_id:
-            try:
-                self.fleet.deactivate(self._node_id)
-            except httpx.HTTPError as error:
-                logger.info("the coordinator was not told that this site goes: %s", reason(error))
-            self._node_id = 0
-            self.vitals.connected.set(0)
 
 
 def open_agent(site: Site, *, app: str = DEFAULT_APP, log_format: Format = "text") -> Agent:

@@ -20,15 +20,16 @@ from typing import Any, Literal
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from common import received
 from common.chain import Head
 from common.errors import InvalidReply, Refusal
 from common.measure import ANY, ArrayKind
 from common.model import FlatArray
+from common.received import FloatArray
 
 PREPARE, TRAIN, EVALUATE, DELIVER = "query.prepare", "train", "evaluate", "query.deliver"
 LANDMARKS = "query.landmarks"
 
-FloatArray = np.ndarray[Any, np.dtype[Any]]
 Purpose = Literal["prepare", "train", "evaluate", "landmarks", "deliver"]
 STATUSES = frozenset(("approved", "waiting", "declined", "incompatible"))
 
@@ -137,8 +138,8 @@ def detach_head(record: RecordDict) -> Head | None:
     fields = record.pop("ledger")
     if not isinstance(fields, ConfigRecord) or set(fields) != {"number", "hash", "signature"}:
         raise ValueError("expected number, hash and signature of a row")
-    number, digest = _count(fields["number"]), _text(fields["hash"])
-    return Head(number=number, hash=digest, signature=_text(fields["signature"]))
+    number, digest = received.count(fields["number"]), received.text(fields["hash"])
+    return Head(number=number, hash=digest, signature=received.text(fields["signature"]))
 
 
 def read_task(record: RecordDict) -> Task:
@@ -151,13 +152,13 @@ def read_task(record: RecordDict) -> Task:
         head = detach_head(record)
         fields = record.config_records["task"]
         arrays = record.array_records.get("arrays")
-        parameters = _content(arrays["parameters"]) if arrays is not None else np.zeros(0, np.float32)
+        parameters = received.content(arrays["parameters"]) if arrays is not None else np.zeros(0, np.float32)
         task = Task(
-            run=_run(fields["run"]),
-            plan_hash=_text(fields["plan-hash"]),
-            server_round=_count(fields["server-round"]),
-            purpose=_text(fields["purpose"]),  # type: ignore[arg-type]
-            part=_text(fields["part"]),
+            run=received.run_id(fields["run"]),
+            plan_hash=received.text(fields["plan-hash"]),
+            server_round=received.count(fields["server-round"]),
+            purpose=received.text(fields["purpose"]),  # type: ignore[arg-type]
+            part=received.text(fields["part"]),
             parameters=parameters,
             head=head,
         )
@@ -190,13 +191,13 @@ def read_prepared(record: RecordDict) -> Prepared:
         if set(fields) != set(_PREPARED_FIELDS) or len(record) != 1:
             raise InvalidReply("records")
         for name in ("site", "status", "reason", "role", "data", "patient_is", "feverfew"):
-            fields[name] = _text(fields[name])
+            fields[name] = received.text(fields[name])
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,39}", fields["site"]):
             raise InvalidReply("records")  # the name is also that of a file
         if fields["status"] not in STATUSES:
             raise InvalidReply("records")
-        fields["parts"] = tuple(_text(part) for part in fields["parts"][: len(_PARTS) + 1])
-        fields["nominal_patients"] = _count(fields["nominal_patients"])
+        fields["parts"] = tuple(received.text(part) for part in fields["parts"][: len(_PARTS) + 1])
+        fields["nominal_patients"] = received.count(fields["nominal_patients"])
     except (KeyError, TypeError, ValueError):
         raise InvalidReply("records") from None
     if fields["nominal_patients"] < 1 or not set(fields["parts"]) <= _PARTS:
@@ -263,10 +264,10 @@ def read_update(
         raise InvalidReply("records")
     if metrics["server-round"] != server_round:
         raise InvalidReply("server_round")
-    claimed = _weight(metrics["weight"])
+    claimed = received.weight(metrics["weight"])
     if weight is not None and claimed != weight:
         raise InvalidReply("weight")
-    values = _decoded(arrays["update"], shape=(num_parameters,), dtype="float32")
+    values = received.decoded(arrays["update"], shape=(num_parameters,), dtype="float32")
     if np.abs(values).max(initial=0.0) > bound:
         raise InvalidReply("out_of_bound")
     if math.sqrt(np.einsum("i,i", values, values, dtype=np.float64)) > max_norm:
@@ -276,7 +277,7 @@ def read_update(
         server_round=server_round,
         values=values,
         weight=claimed,
-        train_loss=None if loss is None else _metric(loss),
+        train_loss=None if loss is None else received.metric(loss),
     )
 
 
@@ -305,7 +306,7 @@ def read_scored(
         raise InvalidReply("server_round")
     length = next((arrays[name].shape[0] for name in expected if arrays[name].shape), ANY)
     decoded = {
-        name: _decoded(
+        name: received.decoded(
             arrays[name],
             shape=tuple(length if axis == ANY else axis for axis in kind.shape),
             dtype=kind.dtype,
@@ -325,81 +326,3 @@ def _only(record: RecordDict, *names: str) -> tuple[ArrayRecord, MetricRecord]:
     if set(arrays) != set(names):
         raise InvalidReply("records")
     return arrays, metrics
-
-
-def _decoded(array: Array, *, shape: tuple[int, ...], dtype: str) -> FloatArray:
-    """Decodes an array of this shape and dtype; what it declares may lie, so its bytes are checked too."""
-    if tuple(array.shape) != shape:
-        raise InvalidReply("shape")
-    if array.dtype != dtype:
-        raise InvalidReply("dtype")
-    try:
-        values = _content(array)
-    except ValueError:
-        raise InvalidReply("shape") from None
-    if not np.isfinite(values).all():
-        raise InvalidReply("non_finite")
-    return values
-
-
-def _content(array: Array) -> FloatArray:
-    """Returns the values of an array that came from elsewhere.
-
-    Not by numpy's reader, which allocates whatever a header claims, opens archives, and raises errors of
-    half a dozen kinds.
-
-    Raises:
-        ValueError: the bytes are not an npy file of exactly the declared shape and dtype.
-    """
-    try:
-        dtype = np.dtype(array.dtype)
-    except TypeError:
-        raise ValueError("expected the name of a dtype") from None
-    shape = tuple(array.shape)
-    start = 10 + int.from_bytes(array.data[8:10], "little")
-    header = f"{{'descr': {dtype.str!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
-    if array.stype != "numpy.ndarray" or array.data[:8] != b"\x93NUMPY\x01\x00":
-        raise ValueError("expected an npy file")
-    if array.data[10:start].decode("latin1").rstrip() != header:
-        raise ValueError(f"expected an npy file with the header {header}")
-    return np.frombuffer(array.data, dtype, offset=start).reshape(shape).copy()
-
-
-def _run(value: object) -> str:
-    """A run's id names folders at the site, so it must not lead anywhere else."""
-    run = _text(value)
-    if not re.fullmatch(r"[\w-][\w.-]*", run):
-        raise ValueError("expected a run id of letters, digits, '-', '_' and '.'")
-    return run
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or len(value) > 256:
-        raise ValueError("expected a short text")
-    return value
-
-
-def _count(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 2**53:
-        raise ValueError("expected a count")
-    return value
-
-
-def _finite(value: object) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError("expected a finite number")
-    return float(value)
-
-
-def _metric(value: object) -> float:
-    try:
-        return _finite(value)
-    except ValueError:
-        raise InvalidReply("non_finite") from None
-
-
-def _weight(value: object) -> float:
-    weight = _metric(value)
-    if not 0 < weight <= 1e7:
-        raise InvalidReply("weight")
-    return weight

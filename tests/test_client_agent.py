@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Message
 
 from client import agent as agents
-from client import patience, skeleton, trail
+from client import patience, presence, skeleton, trail
 from client.agent import Agent, open_agent
 from client.fleet import Task, without_superseded
 from client.patience import is_temporary
@@ -92,12 +92,12 @@ class ScriptedFleet:
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     flower.set_identity(1, node_id=1)
-    monkeypatch.setattr(agents, "MAX_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(presence, "MAX_RETRY_SECONDS", 0.05)
     monkeypatch.setattr(patience, "MAX_RETRY_SECONDS", 0.05)
     monkeypatch.setattr(agents, "MAX_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(agents, "MIN_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(agents, "ADMISSION_SECONDS", 0.01)
-    monkeypatch.setattr(agents, "ABSENCE_SECONDS", 0.2)
+    monkeypatch.setattr(presence, "ADMISSION_SECONDS", 0.01)
+    monkeypatch.setattr(presence, "ABSENCE_SECONDS", 0.2)
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ def test_an_agent_goes_on_with_a_renewed_key_and_is_never_away(
     agent: Agent, fleet: ScriptedFleet, site: Site
 ) -> None:
     access, renewed = OneRenewal(), ScriptedFleet()
-    agent.access = access  # type: ignore[assignment]
+    agent.presence.access = access  # type: ignore[assignment]
     renewed.failures = {"activate": [refused(412)]}
     renewed.waiting = [tiny.task("train")]
     fleet.waiting = [tiny.task("train")]
@@ -355,7 +355,7 @@ def test_an_agent_goes_on_with_a_renewed_key_and_is_never_away(
 def test_a_heartbeat_that_is_not_recognised_makes_the_agent_come_anew(
     agent: Agent, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agents, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(presence, "BEAT_SECONDS", 0.05)
     fleet.known = False
     run_until(agent, lambda: fleet.calls.count("activate") > 1)
 
@@ -363,7 +363,7 @@ def test_a_heartbeat_that_is_not_recognised_makes_the_agent_come_anew(
 def test_heartbeats_go_on_while_the_worker_works(
     agent: Agent, fleet: ScriptedFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agents, "BEAT_SECONDS", 0.02)
+    monkeypatch.setattr(presence, "BEAT_SECONDS", 0.02)
     fleet.waiting = [tiny.task("train.sleeps", ttl=0.5)]
     run_until(agent, lambda: len(fleet.replies) == 1)
     assert fleet.calls[fleet.calls.index("pull") : fleet.calls.index("push")].count("beat") > 5

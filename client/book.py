@@ -1,0 +1,52 @@
+"""What the patients of a batch contribute, written down layer by layer in a backward pass."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from client.contribution import Contribution, Products, Rows
+from client.training import Batch
+
+
+@dataclass
+class Book:
+    """What the patients of the batch at hand contribute, by parameter."""
+
+    owners: Tensor
+    num_patients: int
+    shares: Tensor
+    uses: Counter[nn.Parameter] = field(default_factory=Counter)
+    found: dict[nn.Parameter, Contribution] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batch: Batch, *, dtype: torch.dtype) -> Book:
+        counts = torch.bincount(batch.owners, minlength=batch.num_patients)
+        return cls(
+            owners=batch.owners,
+            num_patients=batch.num_patients,
+            shares=counts.to(dtype).reciprocal()[batch.owners],
+        )
+
+    def add(self, parameter: nn.Parameter, contribution: Contribution) -> None:
+        """Notes a contribution; those of several uses of a parameter add up."""
+        if self.uses[parameter] > 1:
+            former = self.found.get(parameter)
+            rows = contribution.rows()
+            contribution = Rows(rows if former is None else former.rows() + rows)
+        self.found[parameter] = contribution
+
+    def mean(self, by_case: Tensor) -> Rows:
+        """Returns the means over each patient's cases of (cases, *shape)."""
+        if self.num_patients == len(by_case):
+            return Rows(by_case)
+        shared = by_case * self.shares.reshape(-1, *[1] * (by_case.dim() - 1))
+        zeros = shared.new_zeros(self.num_patients, *shared.shape[1:])
+        return Rows(zeros.index_add_(0, self.owners, shared))
+
+    def products(self, left: Tensor, right: Tensor, *, shape: torch.Size) -> Products:
+        """left: (cases, rows, positions), right: (cases, columns, positions)."""
+        return Products(left, right, shape, self.owners, self.shares, self.num_patients)
