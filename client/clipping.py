@@ -47,9 +47,10 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         """One: batches of a step are parts of one logical batch, divided by its expected size once."""
         return 1
 
-    def accumulate(self, sums: list[torch.Tensor]) -> None:
-        """Adds a batch's sums of clipped gradients, in the order of the parameters."""
-        for parameter, clipped in zip(self.params, sums, strict=True):
+    def accumulate(self, factors: torch.Tensor, contributions: list[Contribution]) -> None:
+        """Adds a batch's sums of clipped gradients; empties the list, so that its memory is free again."""
+        for parameter in reversed(self.params):
+            clipped = contributions.pop().weighted_sum(factors)
             former = parameter.summed_grad
             parameter.summed_grad = clipped if former is None else former + clipped
 
@@ -63,6 +64,7 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             parameter.grad = torch.from_numpy(drawn[end - size : end]).view_as(parameter)
             if parameter.summed_grad is not None:
                 parameter.grad += parameter.summed_grad.view_as(parameter)
+                parameter.summed_grad = None
 
 
 def patient_gradients(network: nn.Module, *, clipping: Clipping) -> PatientGradients:
@@ -127,7 +129,7 @@ class PrivateGradient:
     def accumulate(self, batch: Batch) -> float:
         contributions, losses = self.contributions(batch)
         factors, contributions = clip_factors(contributions, bound=self._max_grad_norm)
-        self._optimizer.accumulate([one.weighted_sum(factors) for one in contributions])
+        self._optimizer.accumulate(factors, contributions)
         bounded = losses.nan_to_num(nan=self._loss_bound)
         return float(bounded.clamp(0, self._loss_bound).double().sum())
 
@@ -143,8 +145,6 @@ class PrivateGradient:
     def finish(self) -> float:
         self._optimizer.add_noise()
         self._optimizer.scale_grad()
-        for parameter in self._optimizer.params:
-            parameter.summed_grad = None
         return float(self._noise.standard_normal()) * self._loss_std
 
     def close(self) -> None:

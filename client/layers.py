@@ -23,6 +23,8 @@ from client.contribution import Contribution, Products, Rows
 
 FEW_POSITIONS: Final = 64
 """Up to here a product of matrices is faster than a convolution of one pixel's size."""
+FEW_PRODUCTS: Final = 16
+"""Up to here the patches of a convolution are small beside the gradients of its weights."""
 _CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _INSTANCE_NORMS: Final = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -106,13 +108,32 @@ class _Convolution(Function):
     def backward(ctx: Any, outer: Tensor) -> Any:
         inputs, weight = ctx.saved_tensors
         outer, inputs = outer.contiguous(), inputs.contiguous()
-        _note_cases_as_groups(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
+        if _has_few_products(ctx.layer, outer):
+            _note_products(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
+        else:
+            _note_cases_as_groups(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
         of_inputs = None
         if ctx.needs_input_grad[2]:
             of_inputs = torch.ops.aten.convolution_backward(
                 outer, inputs, weight, None, *ctx.settings, [True, False, False]
             )[0]
         return None, None, of_inputs, None, None
+
+
+def _has_few_products(layer: Any, outer: Tensor) -> bool:
+    """Says whether the gradients of a flat convolution are better left as products."""
+    positions = outer[0, 0].numel()
+    is_known = isinstance(layer, nn.Conv2d) and layer.groups == 1
+    return is_known and positions <= FEW_PRODUCTS and 2 * positions**2 <= layer.weight.numel()
+
+
+def _note_products(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
+    stride, padding, dilation, *_ = settings
+    right = functional.unfold(inputs, layer.kernel_size, dilation, padding, stride)
+    left = outer.flatten(2)
+    book.add(layer.weight, book.products(left, right, shape=layer.weight.shape))
+    if layer.bias is not None:
+        book.add(layer.bias, book.mean(left.sum(dim=2)))
 
 
 def _note_cases_as_groups(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
