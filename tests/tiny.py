@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from common import flower
 from common.errors import RunError
-from server.app import noted_end
+from server.app import MIN_REPLY_BYTES, UPLOAD_SECONDS, noted_end
 from server.mailbox import Mailbox
 from server.run_record import RunRecord
 
@@ -117,6 +117,7 @@ def nothing(message: Message, context: Context) -> Message:
 def main(grid: Grid, context: Context) -> None:
     """Runs the plan's rounds: {"sites": 2, "rounds": ["train", "train.dies"]}; writes events and a report."""
     flower.shorten_backoff()
+    flower.bound_messages(MIN_REPLY_BYTES, max_seconds=UPLOAD_SECONDS)
     run = str(context.run_config["run"])
     plan = json.loads(str(context.run_config["plan"]))
     record = RunRecord(directory=Path(os.environ["FEVERFEW_RUN_DIRECTORY"].format(run=run)))
