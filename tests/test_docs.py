@@ -183,7 +183,10 @@ def test_every_code_that_a_site_sends_is_explained() -> None:
 
 
 def test_every_code_that_the_coordinator_writes_is_explained() -> None:
-    files = [*sorted((ROOT / "server").glob("*.py")), ROOT / "common" / "exchange.py"]
+    files = [
+        *sorted((ROOT / "server").glob("*.py")),
+        *(ROOT / "common" / name for name in ("exchange.py", "received.py")),
+    ]
     written = literals("InvalidReply", of=files)
     text = (ROOT / "server" / "rounds.py").read_text(encoding="utf-8")
     written |= set(re.findall(r'isinstance\(problem, InvalidReply\) else "(\w+)"', text))
