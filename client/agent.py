@@ -271,8 +271,12 @@ class Agent:
         return True
 
     def _note_loss(self, error: Exception) -> None:
-        """Comes again after what the coordinator could not answer, so that it learns what was lost."""
-        if isinstance(error, httpx.HTTPError) and is_temporary(error):
+        """Comes again after what the coordinator could not answer, so that it learns what was lost.
+
+        A task of which not all parts came is lost as well, for the SuperLink takes it for delivered.
+        """
+        is_cut = isinstance(error, flower.ObjectPullError)
+        if is_cut or (isinstance(error, httpx.HTTPError) and is_temporary(error)):
             self.presence.lose()
 
     def _config(self, run_id: int) -> dict[str, str]:

@@ -23,6 +23,9 @@ from common.value import Name, NonNegative, Positive, Seconds, Value, canonical_
 SCHEMA_VERSION = 2
 """Raised with every key that comes or goes. A plan is known by its hash, so none is ever brought forward."""
 
+NO_EXPANDED_WEIGHTS = ("densenet121", "unet")
+"""Models that ``privacy.clipping=ew`` cannot train."""
+
 
 class Cnn(Value):
     """Convolution blocks with GroupNorm, and a linear head that sees a ``head_size`` x ``head_size`` grid.
@@ -168,7 +171,7 @@ class Plan(Asked):
         self._evaluation_has_effect()
         self._landmarks_fit()
         self._augmentation_fits()
-        self._clipping_is_exact()
+        self._clipping_is_possible()
         if self.model.name == "article_cnn":
             self._article_cnn_fits()
         self._model_fits_the_target()
@@ -223,12 +226,19 @@ class Plan(Asked):
                 f"{list(asked.flip_axes)}"
             )
 
-    def _clipping_is_exact(self) -> None:
-        clips_cases = self.privacy.mechanism == "dp_sgd" and self.privacy.clipping == "ghost"
-        if clips_cases and (self.training.cases_per_patient > 1 or self.training.augmentation is not None):
+    def _clipping_is_possible(self) -> None:
+        if self.privacy.mechanism == "none":
+            return
+        way, training = self.privacy.clipping, self.training
+        if way == "ghost" and (training.cases_per_patient > 1 or training.augmentation is not None):
             raise ValueError(
                 "privacy.clipping=ghost clips cases, not patients: expected training.cases_per_patient=1 and "
                 "no augmentation; or choose privacy.clipping=auto"
+            )
+        if way == "ew" and self.model.name in NO_EXPANDED_WEIGHTS:
+            raise ValueError(
+                f"privacy.clipping=ew cannot train model={self.model.name}: torch has no expanded weights "
+                "for some of its layers; choose privacy.clipping=auto"
             )
 
     def _article_cnn_fits(self) -> None:

@@ -78,9 +78,14 @@ def run(
         on_round: told (done, total) of the rounds.
 
     Raises:
-        ConfigError: no privacy to audit, or more canaries than parameters.
+        ConfigError: no privacy to audit, no gradients of single patients, or more canaries than parameters.
     """
     assert isinstance(plan.privacy, DpSgd)
+    if plan.privacy.clipping == "ghost":
+        raise ConfigError(
+            "Expected gradients of single patients to put canaries in, found privacy.clipping=ghost, which "
+            "has none; use privacy.clipping=auto."
+        )
     chosen = calibration.mechanism(plan, nominal_patients=attack.num_canaries)
     tossed = _canaries(plan, parts[0], attack=attack, mechanism=chosen, implementation=implementation)
     whole = [tossed.joined(parts[0]), *parts[1:]]

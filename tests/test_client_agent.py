@@ -219,6 +219,16 @@ def test_a_task_that_the_coordinator_has_forgotten_does_not_hold_the_site_until_
     assert fleet.calls.count("pull") > 2 and not fleet.replies, "it comes again, so that the server learns"
 
 
+def test_a_task_of_which_not_all_parts_came_makes_the_agent_come_anew(
+    agent: Agent, fleet: ScriptedFleet
+) -> None:
+    """The SuperLink takes it for delivered; only of a site that was away does the server learn the truth."""
+    fleet.failures = {"pull": [flower.ObjectPullError("object", "connection lost")]}
+    fleet.waiting = [tiny.task("train")]
+    run_until(agent, lambda: fleet.calls.count("activate") == 2 and fleet.calls[-1] == "receive")
+    assert fleet.calls.count("pull") == 1 and not fleet.replies
+
+
 def test_a_spell_of_internal_errors_costs_no_task(agent: Agent, fleet: ScriptedFleet) -> None:
     fleet.failures = {"pull": [refused(500), httpx.ConnectError("away"), refused(500)]}
     fleet.waiting = [tiny.task("train")]

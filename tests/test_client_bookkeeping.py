@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from client.bookkeeping import BookKeeping, NotSupported
 from client.contribution import Products, Rows, clip_factors
+from client.hooked import ExpandedWeights
 from client.training import Batch, case_losses
 from common import model
+from common.plan import NO_EXPANDED_WEIGHTS
 from tests.plans import plan
 from tests.test_common_model import PARAMS, images_of, targets_of
 
@@ -192,6 +194,21 @@ def test_every_network_of_conf_is_known_and_exact(changes: dict[str, Any], cases
     images = images_of(asked, num_cases=3).double()
     targets = torch.from_numpy(targets_of(asked, num_cases=3))
     require_equal(network, batch_of(images, targets, cases), case_losses)
+
+
+@pytest.mark.parametrize("changes", PARAMS)
+def test_expanded_weights_train_the_networks_for_which_a_plan_may_ask_for_them(
+    changes: dict[str, Any],
+) -> None:
+    asked = plan(**changes)
+    batch = batch_of(images_of(asked, num_cases=2), torch.from_numpy(targets_of(asked, num_cases=2)), [1, 1])
+    expanded = ExpandedWeights(model.build(asked))
+    if asked.model.name in NO_EXPANDED_WEIGHTS:
+        with pytest.raises(RuntimeError):
+            expanded.contributions(batch)
+    else:
+        found, _ = expanded.contributions(batch)
+        assert all(one.rows().isfinite().all() for one in found)
 
 
 def test_a_module_with_parameters_beside_its_layers_is_refused_by_name() -> None:

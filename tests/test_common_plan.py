@@ -295,6 +295,16 @@ def test_several_problems_are_counted() -> None:
         ({"preprocessing__size": [1024, 1024, 1024]}, "values in a case"),
         ({"clinical": [AGE, AGE]}, "distinct clinical values"),
         ({"clinical": [AGE | {"std": 0}]}, "std"),
+        ({"privacy__clipping": "ghost"}, "training.cases_per_patient=1"),
+        (
+            {
+                "privacy__clipping": "ghost",
+                "training__cases_per_patient": 1,
+                "training__augmentation": STILL | {"max_shift_fraction": 0.1},
+            },
+            "no augmentation",
+        ),
+        ({"privacy__clipping": "ew", "model": "densenet121"}, "clipping=ew cannot train model=densenet121"),
         ({"training__augmentation": STILL}, "set augmentation to null"),
         ({"training__augmentation": STILL | {"copies": 0, "flip_axes": [1]}}, "training.augmentation.copies"),
         ({"training__augmentation": STILL | {"max_shift_fraction": 0.6}}, "augmentation.max_shift_fraction"),

@@ -153,6 +153,12 @@ def test_more_canaries_than_parameters_are_refused() -> None:
         auditor.run(asked(), [part_of()], attack=settings, implementation=PRODUCT)
 
 
+def test_an_audit_by_a_way_without_gradients_of_single_patients_is_refused() -> None:
+    ghost = asked(privacy__clipping="ghost", training__cases_per_patient=1)
+    with pytest.raises(ConfigError, match="privacy.clipping=ghost"):
+        auditor.run(ghost, [part_of()], attack=ATTACK, implementation=PRODUCT)
+
+
 def audited(implementation: Implementation, *, randomness: str = "seeded", **changes: Any) -> Audit:
     """One run; seeded, so that what is true of most runs is true of this one every time."""
     one = asked(randomness=randomness, **changes)
