@@ -16,11 +16,12 @@ from common.asked import Asked
 from common.augmented import Augmentation
 from common.errors import ConfigError, SchemaError
 from common.landmarks import LandmarkHistograms
+from common.quantisation import Exchange
 from common.strategy import Strategy
 from common.unet import Unet
 from common.value import Name, NonNegative, Positive, Seconds, Value, canonical_json, first_problem
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Raised with every key that comes or goes. A plan is known by its hash, so none is ever brought forward."""
 
 NO_EXPANDED_WEIGHTS = ("densenet121", "unet")
@@ -141,7 +142,7 @@ class Evaluation(Value):
 class Plan(Asked):
     """Everything the coordinator decides for a run, and what it asks of a case; the same at every site."""
 
-    schema_version: Literal[2]
+    schema_version: Literal[3]
     study: Name
     randomness: Literal["secure", "seeded"]
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # torch drops what is above 32 bits
@@ -157,6 +158,7 @@ class Plan(Asked):
     privacy: Privacy
     evaluation: Evaluation
     strategy: Strategy
+    exchange: Exchange
     landmarks: LandmarkHistograms | None
 
     @model_validator(mode="after")
@@ -217,6 +219,8 @@ class Plan(Asked):
             raise ValueError(
                 "plan.landmarks takes one round and evaluates nothing: choose plan=landmarks, which sets both"
             )
+        if self.exchange.update != "fp32":
+            raise ValueError("exchange.update has no effect with plan.landmarks; set it to fp32")
 
     def _augmentation_fits(self) -> None:
         asked, dimensions = self.training.augmentation, len(self.preprocessing.size)

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from server.report import Report
 from tests.mistakes import require_one_clear_line
@@ -138,3 +140,32 @@ def test_the_composed_config_is_printed_without_running(tmp_path: Path) -> None:
     done = simulate(tmp_path, "--cfg", "job")
     assert done.returncode == 0 and "learning_rate" in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_updates_in_fewer_bytes_are_counted_and_the_result_is_what_arrived(
+    sites: Path, tmp_path: Path
+) -> None:
+    """With a model so large that what is said about the arrays weighs little."""
+    wide = ["model.channels=[64,64]", "plan.randomness=seeded", "privacy=none"]
+    kinds = {"full": ("fp32", 2), "half": ("fp16", 2), "quarter": ("int8", 2), "again": ("int8", 1)}
+    reports, models = {}, {}
+    for name, (form, workers) in kinds.items():
+        chosen = [f"exchange.update={form}", f"engine.workers={workers}", f"hydra.run.dir={name}"]
+        done = simulate(tmp_path, *SMALL, *wide, f"data.directory={sites}", *chosen)
+        assert done.returncode == 0, done.stderr
+        reports[name] = Report.read(tmp_path / name)
+        models[name] = load_file(tmp_path / name / "model.safetensors")
+    for key, exact in models["full"].items():
+        assert models["again"][key].tobytes() == models["quarter"][key].tobytes()
+        for name in ("half", "quarter"):
+            assert 0 < np.abs(models[name][key] - exact).max() < 0.02 * max(np.abs(exact).max(), 0.1)
+    for site, full in reports["full"].participation.items():
+        for name, most in (("half", 0.51), ("quarter", 0.27)):
+            part = reports[name].participation[site]
+            assert part.bytes_up <= most * full.bytes_up
+            assert part.bytes_down <= most * full.bytes_down
+        state = sites / site / "state"
+        kept = load_file(next((state / "models").glob("quarter-*/model.safetensors")))
+        assert all(kept[key].tobytes() == value.tobytes() for key, value in models["quarter"].items())
+        assert not list((state / "feedback").iterdir())
