@@ -59,7 +59,7 @@ class Watch:
     samples: dict[tuple[str, Identity], list[Sample]] = field(default_factory=lambda: defaultdict(list))
 
     def run(self, over: threading.Event) -> None:
-        while not over.wait(LOOK_SECONDS) and rounds_done(self.record) < ROUNDS:  # a report needs more
+        while not over.wait(LOOK_SECONDS) and rounds_done(self.record) < ROUNDS:  # reports need more
             for name, identity in self._alive():
                 sample = _sample(identity)
                 if sample is not None:
