@@ -17,6 +17,7 @@ from client import approval, decision, waiting
 from client.__main__ import main
 from client.site import Site
 from common.errors import Refusal
+from common.plan import SCHEMA_VERSION
 from common.trail import account
 from tests.plans import plan
 from tests.sites import write_site
