@@ -14,22 +14,31 @@ from client.training import Batch
 
 @dataclass
 class Book:
-    """What the patients of the batch at hand contribute, by parameter."""
+    """What the patients of the batch at hand contribute, by parameter; in the parameters' own precision.
+
+    ``compute``: the type in which layers of many products are computed; None for that of the parameters.
+    """
 
     owners: Tensor
     num_patients: int
     shares: Tensor
+    compute: torch.dtype | None = None
     uses: Counter[nn.Parameter] = field(default_factory=Counter)
     found: dict[nn.Parameter, Contribution] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, batch: Batch, *, dtype: torch.dtype) -> Book:
+    def of(cls, batch: Batch, *, dtype: torch.dtype, compute: torch.dtype | None = None) -> Book:
         counts = torch.bincount(batch.owners, minlength=batch.num_patients)
         return cls(
             owners=batch.owners,
             num_patients=batch.num_patients,
             shares=counts.to(dtype).reciprocal()[batch.owners],
+            compute=compute,
         )
+
+    def cast(self, values: Tensor) -> Tensor:
+        """Returns values in the type that layers of many products are computed in."""
+        return values if self.compute is None else values.to(self.compute)
 
     def add(self, parameter: nn.Parameter, contribution: Contribution) -> None:
         """Notes a contribution; those of several uses of a parameter add up."""
@@ -41,6 +50,7 @@ class Book:
 
     def mean(self, by_case: Tensor) -> Rows:
         """Returns the means over each patient's cases of (cases, *shape)."""
+        by_case = by_case.to(self.shares.dtype)
         if self.num_patients == len(by_case):
             return Rows(by_case)
         shared = by_case * self.shares.reshape(-1, *[1] * (by_case.dim() - 1))
@@ -49,4 +59,5 @@ class Book:
 
     def products(self, left: Tensor, right: Tensor, *, shape: torch.Size) -> Products:
         """left: (cases, rows, positions), right: (cases, columns, positions)."""
+        left, right = left.to(self.shares.dtype), right.to(self.shares.dtype)
         return Products(left, right, shape, self.owners, self.shares, self.num_patients)

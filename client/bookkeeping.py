@@ -34,12 +34,17 @@ class BookKeeping:
     Layers of kinds that are not known here are done by torch's vectorised gradients, case by case; such a
     layer has to take one tensor, cases first.
 
+    Args:
+        compute: the type in which convolutions and linear layers are computed, forward and backward; None for
+            that of the parameters. What patients contribute is in the parameters' type.
+
     Raises:
         NotSupported: a module has parameters of its own and modules within.
     """
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, *, compute: torch.dtype | None = None) -> None:
         self._network = network
+        self._compute = compute
         self._parameters = list(network.parameters())
         self._layers = [layer for layer in network.modules() if list(layer.parameters(recurse=False))]
         self._book: Book | None = None
@@ -63,9 +68,10 @@ class BookKeeping:
         Returns:
             What the patients contribute to each parameter, in the network's order, and their mean losses.
         """
-        self._book = book = Book.of(batch, dtype=self._parameters[0].dtype)
+        dtype = self._parameters[0].dtype
+        self._book = book = Book.of(batch, dtype=dtype, compute=self._compute)
         try:
-            by_case = losses(self._network(*batch.inputs), batch.targets)
+            by_case = losses(self._network(*batch.inputs).to(dtype), batch.targets)
             by_case.sum().backward()  # type: ignore[no-untyped-call]
         finally:
             self._book = None

@@ -67,10 +67,15 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
                 parameter.summed_grad = None
 
 
-def patient_gradients(network: nn.Module, *, clipping: Clipping) -> PatientGradients:
+def patient_gradients(
+    network: nn.Module, *, clipping: Clipping, compute: torch.dtype | None = None
+) -> PatientGradients:
     """Returns the way to per-patient gradients that is asked for; "auto" is the fastest that is exact.
 
     That is book-keeping, on every network that it knows all modules of; else Opacus' hooks.
+
+    Args:
+        compute: see ``BookKeeping``; the other ways compute in the type of the parameters.
 
     Raises:
         NotSupported: book-keeping is asked for, and does not know a module.
@@ -83,9 +88,9 @@ def patient_gradients(network: nn.Module, *, clipping: Clipping) -> PatientGradi
         case "ghost":
             return Ghost(network)
         case "bookkeeping":
-            return BookKeeping(network)
+            return BookKeeping(network, compute=compute)
     try:
-        found: PatientGradients = BookKeeping(network)
+        found: PatientGradients = BookKeeping(network, compute=compute)
     except NotSupported as reason:
         logger.info("clipping by hooks: %s", reason)
         return Hooks(network)
@@ -107,11 +112,12 @@ class PrivateGradient:
         noise_multiplier: float,
         expected_batch: int,
         noise: Gaussian,
+        compute: torch.dtype | None = None,
     ) -> None:
         gradient_multiplier, loss_multiplier = split_noise(
             noise_multiplier, loss_noise_ratio=privacy.loss_noise_ratio
         )
-        self._gradients = patient_gradients(network, clipping=privacy.clipping)
+        self._gradients = patient_gradients(network, clipping=privacy.clipping, compute=compute)
         self._optimizer = PatientOptimizer(
             # Opacus takes the parameters from it and it never steps; a real one would import torch's compiler
             SimpleNamespace(param_groups=[{"params": list(network.parameters())}], defaults={}, state={}),

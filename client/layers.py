@@ -34,8 +34,9 @@ class _Linear(Function):
     @staticmethod
     def forward(ctx: Any, layer: nn.Linear, book: Book, inputs: Tensor, weight: Tensor) -> Tensor:
         ctx.layer, ctx.book = layer, book
+        inputs, weight = book.cast(inputs), book.cast(weight)
         ctx.save_for_backward(inputs, weight)
-        return functional.linear(inputs, weight, layer.bias)
+        return functional.linear(inputs, weight, _bias(layer, book))
 
     @staticmethod
     @once_differentiable
@@ -60,10 +61,12 @@ class _Pointwise(Function):
     @staticmethod
     def forward(ctx: Any, layer: Any, book: Book, inputs: Tensor, weight: Tensor) -> Tensor:
         ctx.layer, ctx.book = layer, book
+        inputs, weight = book.cast(inputs), book.cast(weight)
         ctx.save_for_backward(inputs, weight)
         columns = weight.flatten(1) @ _columns(inputs)
-        if layer.bias is not None:
-            columns += layer.bias[:, None]
+        bias = _bias(layer, book)
+        if bias is not None:
+            columns += bias[:, None]
         return _from_columns(columns, like=inputs)
 
     @staticmethod
@@ -79,6 +82,10 @@ class _Pointwise(Function):
         if ctx.needs_input_grad[2]:
             of_inputs = _from_columns(weight.flatten(1).T @ _columns(outer), like=outer)
         return None, None, of_inputs, None
+
+
+def _bias(layer: Any, book: Book) -> Tensor | None:
+    return None if layer.bias is None else book.cast(layer.bias)
 
 
 def _columns(values: Tensor) -> Tensor:
@@ -100,8 +107,9 @@ class _Convolution(Function):
             *(layer.stride, padding, layer.dilation, layer.transposed),
             *(layer.output_padding, layer.groups),
         )
+        inputs, weight = book.cast(inputs), book.cast(weight)
         ctx.save_for_backward(inputs, weight)
-        return torch.convolution(inputs, weight, layer.bias, *ctx.settings)
+        return torch.convolution(inputs, weight, _bias(layer, book), *ctx.settings)
 
     @staticmethod
     @once_differentiable
@@ -141,16 +149,15 @@ def _note_cases_as_groups(layer: Any, book: Book, outer: Tensor, inputs: Tensor,
     cases, shape = len(inputs), layer.weight.shape
     *geometry, groups = settings
     of_all = layer.weight.new_empty(cases * shape[0], *shape[1:])  # for its shape; its values are not read
-    of_bias = None if layer.bias is None else [cases * len(layer.bias)]
-    _, weights, biases = torch.ops.aten.convolution_backward(
+    _, weights, _ = torch.ops.aten.convolution_backward(
         outer.view(1, -1, *outer.shape[2:]),
         inputs.view(1, -1, *inputs.shape[2:]),
-        *(of_all, of_bias, *geometry, cases * groups),
-        [False, True, layer.bias is not None],
+        *(of_all, None, *geometry, cases * groups),
+        [False, True, False],
     )
     book.add(layer.weight, book.mean(weights.view(cases, *shape)))
     if layer.bias is not None:
-        book.add(layer.bias, book.mean(biases.view(cases, -1)))
+        book.add(layer.bias, book.mean(outer.flatten(2).sum(dim=2)))  # torch's own takes longer
 
 
 class _GroupNorm(Function):
@@ -158,7 +165,6 @@ class _GroupNorm(Function):
 
     @staticmethod
     def forward(ctx: Any, layer: Any, book: Book, inputs: Tensor, weight: Tensor, groups: int) -> Tensor:
-        inputs = inputs.contiguous()
         ctx.layer, ctx.book = layer, book
         ctx.sizes = (*inputs.shape[:2], inputs[0, 0].numel(), groups)
         normed, mean, deviation = torch.ops.aten.native_group_norm(
@@ -172,7 +178,7 @@ class _GroupNorm(Function):
     def backward(ctx: Any, outer: Tensor) -> Any:
         inputs, weight, mean, deviation = ctx.saved_tensors
         cases, channels, pixels, groups = ctx.sizes
-        outer = outer.contiguous()
+        outer, inputs = outer.contiguous(), inputs.contiguous()
         # One case whose channels are those of all cases is normalised in the same way: so torch sums over
         # the pixels of each channel of each case, and not over cases.
         of_inputs, weights, biases = torch.ops.aten.native_group_norm_backward(
@@ -244,6 +250,7 @@ class _Other(Function):
     @staticmethod
     def forward(ctx: Any, layer: nn.Module, book: Book, inputs: Tensor, *parameters: Tensor) -> Tensor:
         ctx.bare, ctx.book = _bare(layer), book
+        inputs = inputs.to(parameters[0].dtype) if inputs.is_floating_point() else inputs
         ctx.save_for_backward(inputs)
         found: Tensor = ctx.bare(inputs)
         return found

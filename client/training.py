@@ -26,6 +26,7 @@ from client.augmentation import UNCHANGED, Augmenter, augmenter_of
 from client.cohort import Part
 from client.gaussian import Gaussian
 from client.noise import Key
+from client.precision import compute_type
 from common import model as models
 from common.calibration import Mechanism
 from common.model import FlatArray
@@ -256,9 +257,10 @@ def _add_proximal_term(network: nn.Module, anchor: list[torch.Tensor], *, mu: fl
 
 def gradient_of(network: nn.Module, *, plan: Plan, mechanism: Mechanism, noise: Gaussian) -> Gradient:
     """Returns the gradient of the plan's privacy mechanism; both kinds have one interface."""
+    compute = compute_type(plan)
     match plan.privacy:
         case NoPrivacy():
-            return PlainGradient(network, expected_batch=plan.training.expected_batch)
+            return PlainGradient(network, expected_batch=plan.training.expected_batch, compute=compute)
         case DpSgd() as privacy:
             from client.clipping import PrivateGradient  # Opacus takes seconds to import
 
@@ -268,6 +270,7 @@ def gradient_of(network: nn.Module, *, plan: Plan, mechanism: Mechanism, noise: 
                 noise_multiplier=mechanism.noise_multiplier,
                 expected_batch=plan.training.expected_batch,
                 noise=noise,
+                compute=compute,
             )
 
 
@@ -300,14 +303,23 @@ class Descent:
 
 
 class PlainGradient:
-    """The gradient of the mean over patients by ordinary backpropagation: no clipping, no noise."""
+    """The gradient of the mean over patients by ordinary backpropagation: no clipping, no noise.
 
-    def __init__(self, network: nn.Module, *, expected_batch: int) -> None:
+    ``compute``: the type in which layers of many products are computed; None for that of the parameters.
+    """
+
+    def __init__(
+        self, network: nn.Module, *, expected_batch: int, compute: torch.dtype | None = None
+    ) -> None:
         self._network = network
+        self._compute = compute
         self._expected_batch = expected_batch
 
     def accumulate(self, batch: Batch) -> float:
-        losses = patient_means(case_losses(self._network(*batch.inputs), batch.targets), batch)
+        with torch.autocast("cpu", self._compute, enabled=self._compute is not None):
+            outputs = self._network(*batch.inputs)
+        outputs = outputs if self._compute is None else outputs.float()
+        losses = patient_means(case_losses(outputs, batch.targets), batch)
         (losses.sum() / self._expected_batch).backward()  # type: ignore[no-untyped-call]
         return float(losses.detach().double().sum())
 

@@ -26,6 +26,8 @@ SCHEMA_VERSION = 3
 
 NO_EXPANDED_WEIGHTS = ("densenet121", "unet")
 """Models that ``privacy.clipping=ew`` cannot train."""
+NO_PRIVATE_BFLOAT16 = ("unet",)
+"""Models in which rounding to bfloat16 lets the rest of a batch change what a patient contributes."""
 
 
 class Cnn(Value):
@@ -85,6 +87,7 @@ class Training(Value):
     momentum: Annotated[float, Field(ge=0, lt=1)]
     weight_decay: NonNegative
     proximal_mu: NonNegative
+    precision: Literal["auto", "fp32", "bf16"]
     augmentation: Augmentation | None
 
 
@@ -238,6 +241,16 @@ class Plan(Asked):
             raise ValueError(
                 "privacy.clipping=ghost clips cases, not patients: expected training.cases_per_patient=1 and "
                 "no augmentation; or choose privacy.clipping=auto"
+            )
+        if training.precision == "bf16" and way in ("hooks", "ghost", "ew"):
+            raise ValueError(
+                f"training.precision=bf16 is not possible with privacy.clipping={way}: choose "
+                "privacy.clipping=auto, or training.precision=auto"
+            )
+        if training.precision == "bf16" and self.model.name in NO_PRIVATE_BFLOAT16:
+            raise ValueError(
+                f"training.precision=bf16 cannot train model={self.model.name} privately: rounding would let "
+                "one patient change what others contribute; choose training.precision=auto, or fp32"
             )
         if way == "ew" and self.model.name in NO_EXPANDED_WEIGHTS:
             raise ValueError(

@@ -1,0 +1,35 @@
+"""In which type convolutions and linear layers are computed while a site trains."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+from common.plan import Plan
+
+NO_GAIN: Final = frozenset(("efficientnet_b0", "unet"))
+"""Models that gain nothing from bfloat16 on a processor that has it, or nothing that is worth its rounding
+(``benchmarks/step_cost.py``)."""
+
+
+def compute_type(plan: Plan) -> torch.dtype | None:
+    """Returns bfloat16, or None for that of the parameters, float32.
+
+    "auto" is bfloat16 where the processor multiplies it and the model gains from it: nothing else is known
+    to be faster. Evaluation is always in float32.
+    """
+    match plan.training.precision:
+        case "fp32":
+            return None
+        case "bf16":
+            return torch.bfloat16
+    is_possible = plan.privacy.mechanism == "none" or plan.privacy.clipping in ("auto", "bookkeeping")
+    gains = is_possible and plan.model.name not in NO_GAIN and multiplies_bfloat16()
+    return torch.bfloat16 if gains else None
+
+
+def multiplies_bfloat16() -> bool:
+    """Says whether the processor has instructions for bfloat16; without them it is slower than float32."""
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in asked)
