@@ -21,8 +21,8 @@ from common.exchange import Prepared
 from common.model import FlatArray
 from server.revoked import REVOKED
 
-SCHEMA = 1
-"""Of ``state.json``; the first had no mark. Later ones keep ``sha256`` as it is, or count as damaged here."""
+SCHEMA = 2
+"""Of ``state.json``; the first had no mark, and no turns. Later ones keep ``sha256`` as it is, or count as damaged here."""
 _TENSORS = ("parameters", "velocity")
 _KEPT = 2  # if the newest is damaged, the one before still is there
 
@@ -76,6 +76,7 @@ class RunState:
     """The state of a run after ``server_round`` rounds. parameters: float32, (num_parameters,).
 
     ``velocity``: what ``strategy.server_momentum`` has gathered, as ``parameters``; None where there is none.
+    ``turns`` and ``turns_key``: see ``server.turns``; empty where every site is asked in every round.
     ``waiting_since``: the sites that wait for a person's approval, and when they said so first (UTC).
     """
 
@@ -90,6 +91,8 @@ class RunState:
     sites: dict[str, Prepared] = field(default_factory=dict)
     attendance: dict[str, Attendance] = field(default_factory=dict)
     waiting_since: dict[str, str] = field(default_factory=dict)
+    turns: dict[str, int] = field(default_factory=dict)
+    turns_key: str = ""
     velocity: FlatArray | None = None
 
 
@@ -156,7 +159,7 @@ def _load(path: Path) -> RunState | None:
         tree: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if tree.pop("sha256") != checksum(tree, parameters=data):
             return None
-        schema.require(tree.pop("schema", SCHEMA), newest=SCHEMA, what=f"the checkpoint {path}")
+        schema.require(tree.pop("schema", 1), newest=SCHEMA, what=f"the checkpoint {path}")
         datetime.fromisoformat(tree["started"])
         tensors = load(data)
         tree |= {"parameters": tensors["parameters"], "velocity": tensors.get("velocity")}

@@ -184,7 +184,7 @@ def test_mistakes_give_one_line_and_record_nothing(
 def test_a_plan_of_a_newer_version_is_refused_in_one_line_and_nothing_is_recorded(
     site: Site, file: Path, run: Any
 ) -> None:
-    newer = json.loads(ASKED.to_json()) | {"schema_version": 3, "from_another_time": True}
+    newer = json.loads(ASKED.to_json()) | {"schema_version": 4, "from_another_time": True}
     file.write_text(json.dumps(newer))
     code, _, told = run(site.directory, file, "--yes")
     assert code == 2 and told.count("\n") == 1

@@ -160,8 +160,8 @@ def test_value_out_of_range_is_refused_in_one_line_that_names_the_key(path: str,
 @pytest.mark.parametrize(
     ("found", "told"),
     [
-        (3, "schema 2 at most, found 3: a newer Feverfew wrote it; update this one"),
-        (1, "schema 2, found 1: an older Feverfew made it; compose it again with feverfew-server plan"),
+        (4, "schema 3 at most, found 4: a newer Feverfew wrote it; update this one"),
+        (1, "schema 3, found 1: an older Feverfew made it; compose it again with feverfew-server plan"),
         (None, "with a schema version, found None"),
         ("2", "with a schema version, found '2'"),
         (True, "with a schema version, found True"),
