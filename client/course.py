@@ -9,6 +9,7 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Final
 
 from client.files import private_directory
@@ -45,6 +46,8 @@ def require_plan(site: Site, plan: Plan, *, run: str) -> None:
     Raises:
         Refusal: code ``other_plan``.
     """
+    if not _path(site).exists():
+        return
     with _opened(site) as database:
         _require_plan(database, plan, run=run)
 
@@ -101,9 +104,14 @@ def _has(database: sqlite3.Connection, condition: str, *values: object) -> bool:
     return database.execute(f"SELECT 1 FROM asked WHERE {condition} LIMIT 1", values).fetchone() is not None
 
 
+def _path(site: Site) -> Path:
+    return site.state / "course.sqlite"
+
+
 @contextmanager
 def _opened(site: Site) -> Iterator[sqlite3.Connection]:
-    path = private_directory(site.state) / "course.sqlite"
+    private_directory(site.state)
+    path = _path(site)
     try:
         with closing(sqlite3.connect(path, isolation_level=None, timeout=SECONDS_TO_LOCK)) as database:
             database.execute("PRAGMA synchronous=FULL")

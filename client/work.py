@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 from safetensors.numpy import save
 from torch import nn
@@ -44,6 +46,9 @@ from common.measure import Exact
 from common.plan import NoPrivacy, Plan
 
 logger = logging.getLogger("feverfew.site")
+
+PROGRESS_SECONDS: Final = 0.2
+"""How often a task says how far it is; a step may take less than to write it down."""
 
 
 def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
@@ -316,8 +321,14 @@ def _keep_scores(site: Site, task: Task, exact: Exact) -> None:
 def _progress(site: Site, plan: Plan, task: Task) -> Iterator[Callable[[int, int], None]]:
     """Shows the site's own people how far a round is: ``state/progress.json``."""
     path = site.state / "progress.json"
+    written = -PROGRESS_SECONDS
 
     def on_step(step: int, steps: int) -> None:
+        nonlocal written
+        now = time.monotonic()
+        if step < steps and now - written < PROGRESS_SECONDS:
+            return
+        written = now
         path.write_text(
             json.dumps({"run": task.run, "round": task.server_round, "step": step, "steps": steps})
         )

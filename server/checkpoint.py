@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -104,11 +104,11 @@ def save_state(directory: Path, state: RunState) -> None:
     temporary.mkdir()
     tensors = {name: getattr(state, name) for name in _TENSORS if getattr(state, name) is not None}
     parameters = save(tensors)
-    tree = {name: value for name, value in asdict(state).items() if name not in _TENSORS}
-    tree["schema"] = SCHEMA
-    tree["sha256"] = checksum(tree, parameters=parameters)
+    tree = {name: value for name, value in vars(state).items() if name not in _TENSORS}
+    text = json.dumps({**tree, "schema": SCHEMA}, default=vars, allow_nan=False)
+    mark = json.dumps({"sha256": _checksum(text, parameters=parameters)})
     _write(temporary / "parameters.safetensors", parameters)
-    _write(temporary / "state.json", json.dumps(tree, allow_nan=False).encode())
+    _write(temporary / "state.json", f"{text[:-1]}, {mark[1:]}".encode())
     final = directory / f"{state.server_round:06d}"
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
@@ -119,8 +119,11 @@ def save_state(directory: Path, state: RunState) -> None:
 
 def checksum(tree: dict[str, Any], *, parameters: bytes) -> str:
     """Returns the sha256 of a state: what stands in the one file, and the bytes of the other."""
-    text = json.dumps(tree, allow_nan=False).encode()
-    return hashlib.sha256(hashlib.sha256(parameters).digest() + text).hexdigest()
+    return _checksum(json.dumps(tree, allow_nan=False), parameters=parameters)
+
+
+def _checksum(text: str, *, parameters: bytes) -> str:
+    return hashlib.sha256(hashlib.sha256(parameters).digest() + text.encode()).hexdigest()
 
 
 def latest(directory: Path, *, run: str, plan_hash: str) -> RunState | None:

@@ -74,7 +74,6 @@ class LocalGrid(Grid):  # type: ignore[misc]
         self._queues: list[deque[Message]] = [deque() for _ in self._workers]
         self._doing: list[str | None] = [None] * count
         self._replies: dict[str, Message] = {}
-        self._waiting: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -110,7 +109,6 @@ class LocalGrid(Grid):  # type: ignore[misc]
         ids = []
         for message in messages:
             ids.append(flower.assign_id(message))
-            self._waiting.add(ids[-1])
             node = message.metadata.dst_node_id
             self._queues[(node - 2) % len(self._workers)].append(message)
         self._start_idle()
@@ -119,9 +117,8 @@ class LocalGrid(Grid):  # type: ignore[misc]
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Returns the replies that are there; waits a moment where nothing is."""
         wanted = list(message_ids)
-        self._collect(0.0)
-        if not self._replies and any(message_id in self._waiting for message_id in wanted):
-            self._collect(_WAIT_SECONDS)
+        if any(message_id in self._doing for message_id in wanted):  # what nobody has begun cannot be there
+            self._collect(0.0 if self._replies else _WAIT_SECONDS)
         return [self._replies.pop(message_id) for message_id in wanted if message_id in self._replies]
 
     def send_and_receive(
@@ -160,7 +157,6 @@ class LocalGrid(Grid):  # type: ignore[misc]
             message_id = self._doing[number]
             assert message_id is not None
             self._replies[message_id] = self._workers[number].finish()
-            self._waiting.discard(message_id)
             self._doing[number] = None
         if ready:
             self._start_idle()

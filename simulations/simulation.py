@@ -58,8 +58,9 @@ def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory
         os.environ["FEVERFEW_TRAIL_KEY"] = str(heads / "trail.key")
         os.environ["FEVERFEW_ENGINE"] = settings.engine.name
         console = Console(stderr=True)
+        directories = {site.name: site.directory for site in opened}
         progress = Progress(num_rounds=plan.rounds, console=console)
-        with Watch(progress, events=directory / "events.jsonl", sites=sites):
+        with Watch(progress, events=directory / "events.jsonl", sites=directories):
             engine.run(
                 plan,
                 opened,

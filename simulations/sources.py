@@ -177,11 +177,20 @@ class MedMnistSource:
         return medmnist.read(self.file, num_classes=len(self.class_names))
 
     def _training_cases(self, index: int) -> medmnist.Part:
+        offered, chosen = self._offered, self._division[index]
+        return medmnist.Part(images=offered.images[chosen], labels=offered.labels[chosen])
+
+    @cached_property
+    def _offered(self) -> medmnist.Part:
         parts = [self._parts["train"], self._parts["val"]]
-        images = np.concatenate([part.images for part in parts])
-        labels = np.concatenate([part.labels for part in parts])
-        chosen = self.divided(labels)[index]
-        return medmnist.Part(images=images[chosen], labels=labels[chosen])
+        return medmnist.Part(
+            images=np.concatenate([part.images for part in parts]),
+            labels=np.concatenate([part.labels for part in parts]),
+        )
+
+    @cached_property
+    def _division(self) -> list[NDArray[np.int64]]:
+        return self.divided(self._offered.labels)
 
     def divided(self, labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Returns the cases of each training site.

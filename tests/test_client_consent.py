@@ -188,5 +188,5 @@ def test_a_plan_of_a_newer_version_is_refused_in_one_line_and_nothing_is_recorde
     file.write_text(json.dumps(newer))
     code, _, told = run(site.directory, file, "--yes")
     assert code == 2 and told.count("\n") == 1
-    assert "a plan of schema 2 at most, found 3: a newer Feverfew wrote it; update this one" in told
+    assert "a plan of schema 3 at most, found 4: a newer Feverfew wrote it; update this one" in told
     assert not decision.every(site)
