@@ -81,6 +81,16 @@ def find(site: Site, *, run: str) -> tuple[Tally, ...]:
     return _read(known[run])
 
 
+def last(site: Site, *, run: str) -> Tally | None:
+    """Returns what a run found last; None where it has used no case here.
+
+    Raises:
+        StateError: the file is damaged.
+    """
+    path = site.runs / run / FILE
+    return _read(path)[-1] if path.exists() else None
+
+
 def report(site: Site, run: str, *, as_json: bool) -> int:
     """Prints what a run found: offered, used, and quarantined by code."""
     found = find(site, run=run)

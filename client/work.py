@@ -86,8 +86,13 @@ def prepared(site: Site, *, status: str, reason: str) -> Prepared:
         nominal_patients=site.settings.nominal_patients,
         patient_is=site.settings.patient_is,
         parts=site.settings.split.parts,
-        feverfew=version("feverfew"),
+        feverfew=_version(),
     )
+
+
+@lru_cache(maxsize=1)
+def _version() -> str:
+    return version("feverfew")  # reads the files of the installation
 
 
 def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:

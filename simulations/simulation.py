@@ -13,8 +13,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from client import frozen
-from client.cohort import open_cohort
+from client import frozen, tally
 from client.release import claim_path, head_path, open_ledger
 from client.site import Site, open_site
 from client.trail import head_path as trail_head_path
@@ -69,7 +68,7 @@ def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory
                 workers=settings.engine.workers,
                 directory=directory,
             )
-        report = completed(Report.read(directory), opened, plan=plan, run=run)
+        report = completed(Report.read(directory), opened, run=run)
     report.write(directory)
     return report
 
@@ -114,14 +113,14 @@ def run_id(directory: Path, *, resume: bool) -> str:
     return next(str(event["run"]) for event in read(events) if event["event"] == "run_started")
 
 
-def completed(report: Report, sites: Sequence[Site], *, plan: Plan, run: str) -> Report:
+def completed(report: Report, sites: Sequence[Site], *, run: str) -> Report:
     """Returns the report with what only the sites' own files tell: exact scores, totals, counts."""
     exact = {site.name: scores for site in sites if (scores := _exact_scores(site, run)) is not None}
     tested = {name: scores for name, scores in exact.items() if name in report.final.per_site}
     known = [site for site in sites if site.name in report.participation]
     return report.with_exact(tested).with_site_facts(
         privacy={site.name: _budget(site, report) for site in known if site.name in report.privacy.per_site},
-        participation={site.name: _counts(site, plan) for site in known},
+        participation={site.name: _counts(site, run) for site in known},
     )
 
 
@@ -141,22 +140,26 @@ def _budget(site: Site, report: Report) -> dict[str, Any]:
         return {"budget": site.settings.max_epsilon, "total_epsilon": ledger.spent().value}
 
 
-def _counts(site: Site, plan: Plan) -> dict[str, Any]:
-    cohort = open_cohort(site, asked=plan.asked)
-    quarantined = sum(cohort.reasons.values())
+def _counts(site: Site, run: str) -> dict[str, Any]:
+    """Returns what the site's tasks found and wrote down; nothing of a site that did none."""
+    found = tally.last(site, run=run)
+    if found is None:
+        return {}
     return {
-        "offered": cohort.offered,
-        "used": cohort.used,
-        "quarantined": quarantined,
-        "reasons": dict(cohort.reasons),
+        "offered": found.offered,
+        "used": found.used,
+        "quarantined": sum(found.quarantined.values()),
+        "reasons": found.quarantined,
     }
 
 
 class _locked:
-    """Holds every site's lock: two simulations never share a site."""
+    """Holds a lock in the folder that the sites are in, however many they are: two simulations never share
+    a site."""
 
     def __init__(self, sites: Sequence[Path]) -> None:
-        self._locks = [FileLock(path / ".lock") for path in sites]
+        folders = sorted({path.resolve().parent for path in sites})
+        self._locks = [FileLock(folder / ".lock") for folder in folders]
 
     def __enter__(self) -> None:
         try:
