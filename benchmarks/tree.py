@@ -1,7 +1,7 @@
 """A command with all processes that it starts: its wall time, and the peak of their memory together.
 
-The memory is the proportional set size (PSS): a page that several processes share counts once. It is looked at
-a few times a second, so a peak of some milliseconds is missed.
+The memory is the proportional set size (PSS): a page that several processes share counts once. It is looked
+at a few times a second, so a peak of some milliseconds is missed.
 """
 
 from __future__ import annotations

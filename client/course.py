@@ -70,7 +70,7 @@ def rounds_of(plan: Plan, *, purpose: str, part: str) -> Sequence[int]:
 
 
 def enter(site: Site, plan: Plan, task: Task) -> None:
-    """Notes a task, with privacy durably, unless its run may not ask for it now; the same task may be asked again.
+    """Notes a task, with privacy durably, unless its run may not ask for it now; the same may be asked again.
 
     Raises:
         Refusal: code ``other_plan``; ``wrong_round``: the plan has no such task in that round, or the run has
@@ -114,8 +114,8 @@ def _path(site: Site, plan: Plan) -> Path:
 def _paths(site: Site) -> tuple[Path, Path]:
     """Returns the files of plans with and without privacy.
 
-    Who goes back without privacy learns nothing that is not open to them anyway: the second file does not wait
-    for the disk, and must therefore not be the first.
+    Who goes back in a run without privacy learns nothing that was not open to them anyway: the second file
+    does not wait for the disk, and can be lost with it; so it must not be the first.
     """
     return site.state / "course.sqlite", site.state / EXACT
 

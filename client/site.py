@@ -173,7 +173,7 @@ def read_settings(path: Path) -> SiteSettings:
     return _read_settings(path, path.read_bytes())
 
 
-@lru_cache(maxsize=4)  # every task reads them, so that a change holds from the next on
+@lru_cache(maxsize=1024)  # every task reads the file, so that a change holds from the next on
 def _read_settings(path: Path, content: bytes) -> SiteSettings:
     try:
         tree = current(tree_of(content), template="client.yaml", name="", nominal_patients=1)

@@ -17,7 +17,6 @@ from rich.table import Table
 from client import files, quarantine
 from client.cohort import Cohort
 from client.site import Site
-from common import durable
 from common.errors import StateError, UserError
 from common.value import Value
 
@@ -65,7 +64,6 @@ def record(site: Site, *, run: str, plan_hash: str, cohort: Cohort) -> None:
         if before and before[-1].model_copy(update={"since": found.since}) == found:
             return
         files.write_private(path, content=TALLIES.dump_json((*before, found), indent=2))
-        durable.sync_directory(path.parent)
 
 
 def find(site: Site, *, run: str) -> tuple[Tally, ...]:

@@ -162,7 +162,9 @@ def _begin_with_contrast(convolution: nn.Conv2d | nn.Conv3d) -> None:
 
 def _linear(plan: Plan) -> nn.Module:
     asked = plan.preprocessing
-    return nn.Sequential(nn.Flatten(), nn.Linear(asked.num_channels * math.prod(asked.size), plan.num_outputs))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(asked.num_channels * math.prod(asked.size), plan.num_outputs)
+    )
 
 
 def _article_cnn(plan: Plan) -> nn.Module:

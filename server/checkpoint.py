@@ -22,7 +22,7 @@ from common.model import FlatArray
 from server.revoked import REVOKED
 
 SCHEMA = 2
-"""Of ``state.json``; the first had no mark, and no turns. Later ones keep ``sha256`` as it is, or count as damaged here."""
+"""Of ``state.json``; the first had no mark and no turns. Later ones keep ``sha256``, or are damaged here."""
 _TENSORS = ("parameters", "velocity")
 _KEPT = 2  # if the newest is damaged, the one before still is there
 

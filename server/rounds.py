@@ -68,7 +68,7 @@ class Rounds:
         self._revoked = revoked
         self._mailbox = Mailbox(grid)
         self._roster = Roster(self._mailbox, plan=plan, run=state.run, trail=trail, heads=heads)
-        self._strategy = strategy(self._nodes)
+        self._strategy = strategy(lambda purpose: list(self._nodes(purpose)))
         self.state = state
         """The last good state; kept when the run fails."""
 

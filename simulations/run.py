@@ -6,14 +6,19 @@ import gc
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from common.command import exit_code
 from common.config import explained, plain, plan_of
 from common.plan import NoPrivacy, Plan
+
+if TYPE_CHECKING:  # takes long to import: not for a typing error
+    from simulations.workers import Workers
 
 COMMAND = "feverfew-simulate"
 
@@ -22,6 +27,8 @@ def main() -> None:
     """Entry point; exit code 0 well, 1 the run failed, 2 wrong input."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us, and become one clear line
     code = exit_code(lambda: explained(_run), command=COMMAND)
+    for pool in _pools.values():
+        pool.close()
     gc.freeze()  # the interpreter would collect a million objects of torch's one by one: most of a second
     sys.exit(code)
 
@@ -61,8 +68,24 @@ def _job(config: DictConfig) -> int:
     from simulations.simulation import show, simulate  # the same
 
     sites = prepare_sites(Path(settings.sites_directory), source=source)
-    show(simulate(plan, sites, settings=settings, directory=directory), directory=directory)
+    report = simulate(plan, sites, settings=settings, directory=directory, pool=_pool())
+    show(report, directory=directory)
     return 0
+
+
+_pools: dict[Path, Workers] = {}
+"""The workers of a sweep, by its folder."""
+
+
+def _pool() -> Workers | None:
+    """Returns the workers of the sweep that this run is one of; None for a run alone."""
+    from simulations.workers import Workers
+
+    hydra = HydraConfig.get()
+    if hydra.mode is not RunMode.MULTIRUN:
+        return None
+    sweep = Path(hydra.sweep.dir)
+    return _pools.setdefault(sweep, Workers(log=sweep.absolute() / "sites.log"))
 
 
 def _start_workers_early(plan: Plan) -> None:

@@ -32,10 +32,16 @@ from server.summary import summary_table
 from simulations import engine
 from simulations.settings import Settings
 from simulations.watch import Watch
+from simulations.workers import Workers
 
 
-def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory: Path) -> Report:
+def simulate(
+    plan: Plan, sites: Sequence[Path], *, settings: Settings, directory: Path, pool: Workers | None = None
+) -> Report:
     """Runs a plan over site directories and returns the completed report, which is also written.
+
+    Args:
+        pool: processes that stay for other runs; None: of this run alone.
 
     Raises:
         ConfigError: ``resume`` without a run to resume; a privacy target that cannot be reached.
@@ -67,6 +73,7 @@ def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory
                 name=settings.engine.name,
                 workers=settings.engine.workers,
                 directory=directory,
+                pool=pool,
             )
         report = completed(Report.read(directory), opened, run=run)
     report.write(directory)
