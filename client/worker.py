@@ -265,7 +265,6 @@ def _serve(
     app = _load_or_none(reference)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
-    gc.collect()
     gc.freeze()  # a task makes many objects of its own; the million of what is imported need no looking at
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has closed its end
         while True:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,7 @@ from server.progress import Progress
 from server.report import Report
 from server.summary import summary_table
 from simulations import engine
-from simulations.settings import Settings
+from simulations.settings import Settings, require_resumable
 from simulations.watch import Watch
 from simulations.workers import Workers
 
@@ -48,15 +52,16 @@ def simulate(
         DataError: a site's case table cannot be used.
         QuorumNotReached: the run stopped early; what is left of it is written.
     """
+    require_resumable(settings, directory=directory)
     directory.mkdir(parents=True, exist_ok=True)
     opened = [open_site(path) for path in sites]
     for site in opened:
         _require_usable(site, plan)
     run = run_id(directory, resume=settings.resume)
     heads = Path(settings.sites_directory).resolve() / ".heads"
-    with _locked(sites):
+    with _locked(sites), ExitStack() as stack:
         if settings.state == "empty" and not settings.resume:
-            forget(opened, heads=heads)
+            stack.enter_context(forgotten(opened, heads=heads))
         heads.mkdir(parents=True, exist_ok=True)
         os.environ["FEVERFEW_RUN_DIRECTORY"] = str(directory)
         os.environ["FEVERFEW_HEADS_DIRECTORY"] = str(heads)
@@ -80,15 +85,25 @@ def simulate(
     return report
 
 
-def forget(sites: Sequence[Site], *, heads: Path) -> None:
-    """Deletes what sites and coordinator know of earlier runs: the sites' ledgers begin anew."""
+@contextmanager
+def forgotten(sites: Sequence[Site], *, heads: Path) -> Iterator[None]:
+    """Takes away what sites and coordinator know of earlier runs, so that the sites' ledgers begin anew.
+
+    It is put aside at once and deleted meanwhile, since that takes long where there are many sites; what is
+    left of it at the end of a process that was killed goes the next time.
+    """
+    known = [heads]
     for site in sites:
-        shutil.rmtree(site.state, ignore_errors=True)
-        shutil.rmtree(site.runs, ignore_errors=True)
-        head_path(site).unlink(missing_ok=True)
-        claim_path(site).unlink(missing_ok=True)
-        trail_head_path(site).unlink(missing_ok=True)
-    shutil.rmtree(heads, ignore_errors=True)
+        known += [site.state, site.runs, head_path(site), claim_path(site), trail_head_path(site)]
+    place = heads.with_name(".forgotten")
+    place.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=place))
+    for number, path in enumerate(known):
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(aside / str(number))
+    with ThreadPoolExecutor(1) as deleting:
+        deleting.submit(shutil.rmtree, place, ignore_errors=True)
+        yield
 
 
 def _require_usable(site: Site, plan: Plan) -> None:
@@ -108,15 +123,11 @@ def show(report: Report, *, directory: Path) -> None:
 
 
 def run_id(directory: Path, *, resume: bool) -> str:
-    """Returns a new id, or that of the run to go on with."""
+    """Returns a new id, or that of the run to go on with; ``require_resumable`` says whether there is one."""
     events = directory / "events.jsonl"
     if not resume:
         name = "".join(char if char.isalnum() else "-" for char in directory.name.lower())
         return f"{name[:40].strip('-')}-{secrets.token_hex(4)}"
-    if not events.exists():
-        raise ConfigError(
-            f"Expected a run to resume in {directory}, found none; name its folder with hydra.run.dir=..."
-        )
     return next(str(event["run"]) for event in read(events) if event["event"] == "run_started")
 
 
