@@ -27,13 +27,13 @@ PLAN = ["engine.workers=1", "plan.randomness=seeded", "plan.evaluation.validatio
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def simulated(place: Path, *, rounds: int) -> float:
+def simulated(place: Path, run: str, *, rounds: int) -> float:
     """Returns the median seconds from the beginning of a round to that of the next."""
-    command = [COMMAND, *PLAN, f"plan.rounds={rounds}", "hydra.run.dir=run"]
+    command = [COMMAND, *PLAN, f"plan.rounds={rounds}", f"hydra.run.dir={run}"]
     done = subprocess.run(command, cwd=place, env=ENVIRONMENT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    events = [json.loads(line) for line in (place / "run" / "events.jsonl").read_text().splitlines()]
+    events = [json.loads(line) for line in (place / run / "events.jsonl").read_text().splitlines()]
     mine = [event["time"] for event in events if event["event"] == "round_started"][-rounds:]
     return _median_step(mine)
 
@@ -43,9 +43,9 @@ def _median_step(times: list[str]) -> float:
     return float(np.median(np.diff(stamps)[1:]) / np.timedelta64(1, "s"))
 
 
-def bare(place: Path, *, rounds: int) -> float:
+def bare(place: Path, run: str, *, rounds: int) -> float:
     """Returns the median seconds of training every site once by the plan of a run."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.round_overhead", "--bare", str(place)]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.round_overhead", "--bare", str(place / run)]
     done = subprocess.run(
         [*command, "--rounds", str(rounds)], env=ENVIRONMENT, capture_output=True, text=True, check=False
     )
@@ -54,7 +54,7 @@ def bare(place: Path, *, rounds: int) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def loop(place: Path, *, rounds: int) -> float:
+def loop(run: Path, *, rounds: int) -> float:
     """The bare loop itself, in this process."""
     import torch
 
@@ -67,8 +67,8 @@ def loop(place: Path, *, rounds: int) -> float:
     from common.plan import Plan
 
     torch.set_num_threads(1)
-    plan = Plan.from_json((place / "run" / "plan.json").read_text(encoding="utf-8"))
-    sites = [open_site(path.parent) for path in sorted(place.glob("sites/default/*/site.yaml"))]
+    plan = Plan.from_json((run / "plan.json").read_text(encoding="utf-8"))
+    sites = [open_site(path.parent) for path in sorted(run.parent.glob("sites/default/*/site.yaml"))]
     parts = [open_cohort(site, asked=plan.asked).parts["train"] for site in sites]
     chosen = [mechanism(plan, nominal_patients=site.settings.nominal_patients) for site in sites]
     network = model.build(plan)
@@ -98,11 +98,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         for run in range(asked.runs + 1):
-            seconds = simulated(place, rounds=asked.rounds)
+            seconds = simulated(place, f"run-{run}", rounds=asked.rounds)
             if run == 0:  # wrote the sites and decoded the images
                 continue
             ours.append(seconds)
-            least.append(bare(place, rounds=asked.rounds))
+            least.append(bare(place, f"run-{run}", rounds=asked.rounds))
     print(f"a simulated round: {shown([1e3 * one for one in ours])} ms")
     print(f"  its bare loop: {shown([1e3 * one for one in least])} ms")
     ratios = [one / other for one, other in zip(ours, least, strict=True)]
