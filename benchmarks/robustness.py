@@ -143,7 +143,10 @@ def site(cell: Cell, plan: Plan, number: int, part: Part) -> Callable[[Message],
         if is_hostile:
             values = ATTACKS[cell.attack](values, np.random.default_rng([number, task.server_round]))
         update = Update(
-            server_round=task.server_round, values=values, weight=1.0, train_loss=trained.train_loss
+            server_round=task.server_round,
+            arrays={"values": values},
+            weight=1.0,
+            train_loss=trained.train_loss,
         )
         return Message(exchange.update_record(update), reply_to=message)
 

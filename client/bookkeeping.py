@@ -70,6 +70,8 @@ class BookKeeping:
         finally:
             self._book = None
         found = [self._found(book, parameter) for parameter in self._parameters]
+        # What was found is part of the graph, and the graph knows the book: a ring that nobody would collect.
+        book.found.clear()
         return found, patient_means(by_case.detach(), batch)
 
     def _found(self, book: Book, parameter: nn.Parameter) -> Contribution:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import datetime
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -80,6 +80,27 @@ class _Signature:
             return now
 
 
+class _Fetched:
+    """The objects of a task as far as they have come: after a cut only the others are fetched."""
+
+    def __init__(self) -> None:
+        self._contents: dict[str, bytes] = {}
+
+    def forget_others(self, wanted: Iterable[str]) -> None:
+        """Forgets what is of no use for a task of these objects; a task that is sent anew has the same."""
+        self._contents = {name: self._contents[name] for name in wanted if name in self._contents}
+
+    def keeping(self, fetch: Callable[[str], bytes]) -> Callable[[str], bytes]:
+        """Returns a function that fetches an object by its id, unless it is here."""
+
+        def fetched(object_id: str) -> bytes:
+            if object_id not in self._contents:
+                self._contents[object_id] = fetch(object_id)
+            return self._contents[object_id]
+
+        return fetched
+
+
 class Fleet:
     """What a site asks of the coordinator, with the site's key; safe to use from two threads.
 
@@ -92,6 +113,7 @@ class Fleet:
         self._public_key = keys.public_pem(key.public_key())
         self._client = flower.fleet_client(route.address, transport=route, signature=_Signature(key))
         self._node = flower.NodeProto(node_id=0)
+        self._fetched = _Fetched()
 
     def activate(self) -> int:
         """Says that the site is there; returns the id of its node."""
@@ -126,13 +148,19 @@ class Fleet:
         return dict(flower.run_from_proto(response.run).override_config)
 
     def pull(self, task: Task) -> Message:
-        """Fetches the content of a task and returns the whole message."""
+        """Fetches the content of a task and returns the whole message.
+
+        After an error it goes on where it was, also for a task that is sent anew with the same content.
+        """
+        self._fetched.forget_others(tree.object_id for tree in flower.iterate_object_tree(task.tree))
+        fetch = flower.make_pull_object_fn_protobuf(self._client.PullObject, self._node, task.run_id)
         message = flower.pull_and_inflate_object_from_tree(
             task.tree,
-            flower.make_pull_object_fn_protobuf(self._client.PullObject, self._node, task.run_id),
+            self._fetched.keeping(fetch),
             self._confirmation(task.run_id),
             return_type=Message,
         )
+        self._fetched.forget_others(())
         message.metadata.__dict__["_message_id"] = task.tree.object_id
         return message
 

@@ -58,6 +58,8 @@ def _leaving(message: str, field: str, what: str, mechanism: str) -> Leaving:
 def _training(plan: Plan) -> Iterator[Leaving]:
     is_exact = isinstance(plan.privacy, NoPrivacy)
     for field, what, mechanism in _TRAIN:
+        if field == "arrays.scales" and plan.exchange.update == "fp32":
+            continue
         yield _leaving("train", field, what, "none" if is_exact and mechanism != CONSTANT else mechanism)
 
 
@@ -101,6 +103,11 @@ _TRAIN: Final = (
     (
         "arrays.update",
         "change of all parameters, one flat array",
+        "Poisson-subsampled Gaussian",
+    ),
+    (
+        "arrays.scales",
+        "unless `exchange.update` is fp32: the scale of each block of the update, which was noised before",
         "Poisson-subsampled Gaussian",
     ),
     ("metrics.server-round", "echo of the task", CONSTANT),

@@ -25,6 +25,7 @@ SECTIONS: Final[dict[str, tuple[str, ...]]] = {
     "Privacy": ("privacy", "randomness", "seed"),
     "Evaluation": ("evaluation",),
     "Averaging": ("strategy",),
+    "Exchange": ("exchange",),
     "Deadlines": ("",),
 }
 """Which keys of a plan stand under which heading: those that begin so and stand under none before."""

@@ -20,6 +20,7 @@ from client import (
     approval,
     course,
     evaluation,
+    feedback,
     intensities,
     quarantine,
     release,
@@ -116,7 +117,8 @@ def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
                 network, part, plan=plan, mechanism=chosen, key=key, on_step=on_step
             )
         fields = {"weight": _weight(site, plan, part), "train_loss": trained.train_loss}
-        return Reply(arrays={"update": trained.update}, fields=fields)
+        arrays = feedback.quantised(site, task, trained.update, form=plan.exchange.update)
+        return Reply(arrays=arrays, fields=fields)
 
     is_exact = isinstance(plan.privacy, NoPrivacy)
     spend = None if is_exact else chosen.training(plan.training.local_steps)
@@ -126,7 +128,7 @@ def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
     loss = reply.fields["train_loss"]
     return Update(
         server_round=task.server_round,
-        values=reply.arrays["update"],
+        arrays=reply.arrays,
         weight=float(reply.fields["weight"] or 0),
         train_loss=None if loss is None else float(loss),
     )
@@ -216,6 +218,7 @@ def keep_model(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Pat
     durable.write(directory / "plan.json", plan.to_json().encode())
     named = model.named_arrays(network, task.parameters)
     durable.write(directory / "model.safetensors", save(named))
+    feedback.forget(site, run=task.run)
     trail.record(site, "model_received", run=task.run, plan_hash=plan.hash)
     trail.sign(site)
     return directory

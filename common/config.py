@@ -15,7 +15,7 @@ from common.plan import SCHEMA_VERSION, Plan
 
 T = TypeVar("T")
 
-GROUPS = ("model", "preprocessing", "privacy", "training", "strategy")
+GROUPS = ("model", "preprocessing", "privacy", "training", "strategy", "exchange")
 
 
 def plan_of(tree: Mapping[str, Any]) -> Plan:

@@ -1,8 +1,9 @@
 """All that crosses the network, as typed values <-> Flower's records.
 
 A task is a ``RecordDict`` with one ``ConfigRecord`` "task" and, where parameters travel, one
-``ArrayRecord`` "arrays" that holds one flat float32 array. A reply has either a ``MetricRecord`` "metrics"
-and an ``ArrayRecord`` "arrays", or one ``ConfigRecord``: "reply", "delivered" or "refused". Beside it may be
+``ArrayRecord`` "arrays" that holds one flat array, and its scales where it is quantised
+(``common.quantisation``). A reply has either a ``MetricRecord`` "metrics" and an ``ArrayRecord`` "arrays", or
+one ``ConfigRecord``: "reply", "delivered" or "refused". Beside it may be
 a ``ConfigRecord`` "ledger": the last row of the site's ledger, which the coordinator keeps and presents at
 the next run.
 ``docs/privacy.md`` lists every field of a reply; nothing else may leave a site.
@@ -20,11 +21,12 @@ from typing import Any, Literal
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from common import received
+from common import quantisation, received
 from common.chain import Head
 from common.errors import InvalidReply, Refusal
 from common.measure import ANY, ArrayKind
 from common.model import FlatArray
+from common.quantisation import BLOCK, Form
 from common.received import FloatArray
 
 PREPARE, TRAIN, EVALUATE, DELIVER = "query.prepare", "train", "evaluate", "query.deliver"
@@ -79,11 +81,11 @@ class Prepared:
 
 @dataclass(frozen=True, kw_only=True)
 class Update:
-    """A site's training of one round. ``values``: float32, (num_parameters,). ``weight``: public.
-    ``train_loss``: noised under DP, None if no step was made."""
+    """A site's training of one round. ``arrays``: as ``common.quantisation.quantised`` returns them.
+    ``weight``: public. ``train_loss``: noised under DP, None if no step was made."""
 
     server_round: int
-    values: FlatArray
+    arrays: Mapping[str, FloatArray]
     weight: float
     train_loss: float | None
 
@@ -102,8 +104,8 @@ class Scored:
     arrays: Mapping[str, FloatArray]
 
 
-def task_record(task: Task) -> RecordDict:
-    """Packs a task."""
+def task_record(task: Task, *, form: Form = "fp32") -> RecordDict:
+    """Packs a task; in another form than fp32, parameters that came out of that form arrive unchanged."""
     fields = ConfigRecord(
         {
             "run": task.run,
@@ -115,7 +117,7 @@ def task_record(task: Task) -> RecordDict:
     )
     record = RecordDict({"task": fields})
     if task.parameters.size:
-        record["arrays"] = ArrayRecord({"parameters": Array(task.parameters)})
+        record["arrays"] = _array_record("parameters", quantisation.quantised(task.parameters, form=form))
     if task.head is not None:
         attach_head(record, task.head)
     return record
@@ -152,7 +154,7 @@ def read_task(record: RecordDict) -> Task:
         head = detach_head(record)
         fields = record.config_records["task"]
         arrays = record.array_records.get("arrays")
-        parameters = received.content(arrays["parameters"]) if arrays is not None else np.zeros(0, np.float32)
+        parameters = np.zeros(0, np.float32) if arrays is None else _parameters(arrays)
         task = Task(
             run=received.run_id(fields["run"]),
             plan_hash=received.text(fields["plan-hash"]),
@@ -164,9 +166,21 @@ def read_task(record: RecordDict) -> Task:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Refusal("malformed_task", str(error)) from None
-    if parameters.ndim != 1 or parameters.dtype != np.float32 or not np.isfinite(parameters).all():
-        raise Refusal("malformed_task", "parameters are not one finite float32 array")
+    if not np.isfinite(parameters).all():
+        raise Refusal("malformed_task", "parameters are not finite")
     return task
+
+
+def _array_record(name: str, arrays: Mapping[str, FloatArray]) -> ArrayRecord:
+    """Packs what ``common.quantisation.quantised`` returns, its values under a name of their own."""
+    return ArrayRecord({name if key == "values" else key: Array(value) for key, value in arrays.items()})
+
+
+def _parameters(arrays: ArrayRecord) -> FlatArray:
+    if not {"parameters"} <= set(arrays) <= {"parameters", "scales"}:
+        raise ValueError("expected parameters, and nothing but scales beside them")
+    found = {name: received.content(array) for name, array in arrays.items()}
+    return quantisation.restored({"values": found.pop("parameters"), **found})
 
 
 def prepared_record(prepared: Prepared) -> RecordDict:
@@ -235,7 +249,7 @@ def update_record(update: Update) -> RecordDict:
     if update.train_loss is not None:
         metrics["train-loss"] = update.train_loss
     return RecordDict(
-        {"arrays": ArrayRecord({"update": Array(update.values)}), "metrics": MetricRecord(dict(metrics))}
+        {"arrays": _array_record("update", update.arrays), "metrics": MetricRecord(dict(metrics))}
     )
 
 
@@ -244,13 +258,15 @@ def read_update(
     *,
     server_round: int,
     num_parameters: int,
+    form: Form,
     bound: float,
     max_norm: float,
     weight: float | None,
 ) -> Update:
-    """Unpacks and validates a training reply.
+    """Unpacks and validates a training reply; returns it in fp32, whatever it came in.
 
     Args:
+        form: the one that the plan asks for.
         bound: largest magnitude of an element that is believed.
         max_norm: largest Euclidean norm that is believed.
         weight: the public weight the reply must carry; None where the site's exact count is the weight.
@@ -259,7 +275,7 @@ def read_update(
         InvalidReply: code ``records``, ``server_round``, ``weight``, ``shape``, ``dtype``,
             ``non_finite``, ``out_of_bound`` or ``norm``.
     """
-    arrays, metrics = _only(record, "update")
+    arrays, metrics = _only(record, "update", *(["scales"] if form in BLOCK else []))
     if not {"server-round", "weight"} <= set(metrics) <= {"server-round", "weight", "train-loss"}:
         raise InvalidReply("records")
     if metrics["server-round"] != server_round:
@@ -267,7 +283,7 @@ def read_update(
     claimed = received.weight(metrics["weight"])
     if weight is not None and claimed != weight:
         raise InvalidReply("weight")
-    values = received.decoded(arrays["update"], shape=(num_parameters,), dtype="float32")
+    values = _values(arrays, size=num_parameters, form=form)
     if np.abs(values).max(initial=0.0) > bound:
         raise InvalidReply("out_of_bound")
     if math.sqrt(np.einsum("i,i", values, values, dtype=np.float64)) > max_norm:
@@ -275,10 +291,26 @@ def read_update(
     loss = metrics.get("train-loss")
     return Update(
         server_round=server_round,
-        values=values,
+        arrays={"values": values},
         weight=claimed,
         train_loss=None if loss is None else received.metric(loss),
     )
+
+
+def _values(arrays: ArrayRecord, *, size: int, form: Form) -> FlatArray:
+    shapes = {"update": (size,), "scales": (quantisation.num_scales(size, form=form),)}
+    dtypes = {"update": quantisation.DTYPES[form], "scales": "float32"}
+    found = {
+        name: received.decoded(array, shape=shapes[name], dtype=dtypes[name])
+        for name, array in arrays.items()
+    }
+    try:
+        values = quantisation.restored({"values": found.pop("update"), **found})
+    except ValueError:
+        raise InvalidReply("out_of_bound") from None
+    if not np.isfinite(values).all():
+        raise InvalidReply("non_finite")
+    return values
 
 
 def scored_record(scored: Scored) -> RecordDict:

@@ -75,6 +75,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     get_object_body,
     get_object_children_ids_from_object_content,
     get_object_tree,
+    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.supercore.inflatable.inflatable_protobuf_utils import (
@@ -132,6 +133,7 @@ __all__ = [
     "fleet_client",
     "get_all_nested_objects",
     "get_object_tree",
+    "iterate_object_tree",
     "inflate_object_from_contents",
     "make_confirm_message_received_fn_protobuf",
     "make_pull_object_fn_protobuf",

@@ -16,6 +16,7 @@ from common.asked import Asked
 from common.augmented import Augmentation
 from common.errors import ConfigError, SchemaError
 from common.landmarks import LandmarkHistograms
+from common.quantisation import Exchange
 from common.strategy import Strategy
 from common.unet import Unet
 from common.value import Name, NonNegative, Positive, Seconds, Value, canonical_json, first_problem
@@ -166,6 +167,7 @@ class Plan(Asked):
     privacy: Privacy
     evaluation: Evaluation
     strategy: Strategy
+    exchange: Exchange
     landmarks: LandmarkHistograms | None
 
     @model_validator(mode="after")
@@ -237,6 +239,8 @@ class Plan(Asked):
             raise ValueError(
                 "plan.landmarks takes one round and evaluates nothing: choose plan=landmarks, which sets both"
             )
+        if self.exchange.update != "fp32":
+            raise ValueError("exchange.update has no effect with plan.landmarks; set it to fp32")
 
     def _augmentation_fits(self) -> None:
         asked, dimensions = self.training.augmentation, len(self.preprocessing.size)

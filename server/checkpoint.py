@@ -41,6 +41,8 @@ class RoundRecord:
     dice: float | None = None
     dice_interval: tuple[float, float] | None = None
     accuracy: float | None = None
+    bytes_down: int | None = None
+    bytes_up: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +50,7 @@ class Attendance:
     """What became of the tasks of one site; ``problems`` counts rejected and missing replies by code.
 
     ``away`` counts the tasks that were sent again because the site had gone before it answered.
+    ``bytes_down`` and ``bytes_up``: the content of the messages to the site, and from it.
     """
 
     valid: int = 0
@@ -55,6 +58,8 @@ class Attendance:
     away: int = 0
     rejected: int = 0
     missing: int = 0
+    bytes_down: int = 0
+    bytes_up: int = 0
     training_tasks: int = 0
     evaluations: tuple[str, ...] = ()
     problems: dict[str, int] = field(default_factory=dict)

@@ -107,6 +107,7 @@ class LandmarkRound(Rounds):
         self._trail.record("round_started", round=1, rounds=1, sites=len(messages))
         counts = self._histograms(messages)
         self._count_away()
+        self._count_bytes()
         if len(counts) < self._plan.quorum:
             raise QuorumNotReached(
                 f"Expected histograms of at least {self._plan.quorum} sites, found {len(counts)} of "

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Error, Message
+from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from flwr.serverapp import Grid
 
 from common.flower import UNREADABLE, ErrorCode
@@ -33,6 +33,14 @@ class Late:
     group: str
 
 
+@dataclass(kw_only=True)
+class Bytes:
+    """What a node was sent, and what came from it: the content of messages, without headers and TLS."""
+
+    down: int = 0
+    up: int = 0
+
+
 class Mailbox:
     """Sends messages through Flower's Grid and yields what comes back before a deadline.
 
@@ -44,6 +52,7 @@ class Mailbox:
         self.addresses = Addresses(grid)
         self._overdue: dict[str, Late] = {}
         self._lost: list[int] = []
+        self._bytes: defaultdict[int, Bytes] = defaultdict(Bytes)
 
     def ask(
         self, messages: Sequence[Message], *, deadline_seconds: float
@@ -74,6 +83,7 @@ class Mailbox:
                 if reply is None:
                     continue
                 arrived = True
+                self._bytes[message.metadata.dst_node_id].up += _size(reply)
                 del pending[message_id]
                 if reply.has_error() and reply.error.code in _LOST:
                     node = message.metadata.dst_node_id
@@ -106,6 +116,11 @@ class Mailbox:
         found, self._lost = self._lost, []
         return found
 
+    def bytes(self) -> dict[int, Bytes]:
+        """Returns what has crossed the network since the last call, by node, and forgets it."""
+        found, self._bytes = dict(self._bytes), defaultdict(Bytes)
+        return found
+
     def late(self) -> list[Late]:
         """Returns the replies to earlier messages that have come since, and forgets them."""
         found = []
@@ -117,6 +132,7 @@ class Mailbox:
                 continue
             if reply is not None:
                 del self._overdue[message_id]
+                self._bytes[late.node].up += _size(reply)
                 if not reply.has_error():
                     found.append(late)
         return found
@@ -124,7 +140,10 @@ class Mailbox:
     def _push(self, messages: Sequence[Message]) -> dict[str, Message]:
         fresh = [_copy(message, node=message.metadata.dst_node_id) for message in messages]
         ids = list(self._grid.push_messages(fresh))
-        return {str(i): message for i, message in zip(ids, fresh, strict=True) if i}
+        pushed = {str(i): message for i, message in zip(ids, fresh, strict=True) if i}
+        for message in pushed.values():
+            self._bytes[message.metadata.dst_node_id].down += _size(message)
+        return pushed
 
     def _readdressed(self, message: Message) -> Message:
         return _copy(message, node=self.addresses.successor(message.metadata.dst_node_id))
@@ -140,6 +159,16 @@ class Mailbox:
     def _pull(self, message_id: str) -> Message | None:
         """Returns the first reply to a message; further ones are never looked at."""
         return next(iter(self._grid.pull_messages([message_id])), None)
+
+
+def _size(message: Message) -> int:
+    return 0 if message.has_error() else sum(map(_part_size, message.content.values()))
+
+
+def _part_size(part: ArrayRecord | ConfigRecord | MetricRecord) -> int:
+    if isinstance(part, ArrayRecord):
+        return sum(len(array.data) for array in part.values())
+    return len(part.deflate())
 
 
 def _copy(message: Message, *, node: int) -> Message:

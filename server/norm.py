@@ -15,6 +15,7 @@ import numpy as np
 from common.calibration import largest_noise_multiplier
 from common.model import FlatArray
 from common.plan import DpSgd, Plan
+from common.quantisation import largest_gain
 
 FAILURE_PROB: Final = 1e-12
 """That one step of an honest site goes beyond what is assumed of its noise or of its batch, each."""
@@ -25,7 +26,8 @@ PATIENTS_TO_NOMINAL: Final = 2.0
 
 
 def largest_norm(plan: Plan, *, nominal_patients: int, parameters: FlatArray) -> float:
-    """Returns a bound on the norm of the update of one round; infinite without privacy: nothing is clipped.
+    """Returns a bound on the norm of the update of one round, as it is sent; infinite without privacy:
+    nothing is clipped.
 
     Guarantee: an honest site with at most twice its nominal number of patients exceeds it in a round with a
     probability below 2e-12 for each of its steps. It is no tighter than the sum of the norms of all steps.
@@ -51,7 +53,7 @@ def largest_norm(plan: Plan, *, nominal_patients: int, parameters: FlatArray) ->
         decay = training.weight_decay * (start + moved)
         momentum = training.momentum * momentum + gradient + decay + training.proximal_mu * moved
         moved += training.learning_rate * momentum
-    return moved * ROUNDING
+    return moved * ROUNDING * largest_gain(plan.exchange.update)
 
 
 def _most_drawn(expected_batch: int) -> float:

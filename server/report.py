@@ -81,7 +81,8 @@ class Privacy(Part):
 class Participation(Part):
     """A site's part in the run; ``story`` tells it in one line.
 
-    ``tasks_sent_again`` counts those over which the site went away; ``waiting_since`` is when a site said
+    ``tasks_sent_again`` counts those over which the site went away; ``bytes_down`` and ``bytes_up`` are those
+    of the messages to the site and from it, without headers and TLS; ``waiting_since`` is when a site said
     first that nobody there had approved the plan, where that is so still.
     """
 
@@ -91,6 +92,8 @@ class Participation(Part):
     rounds_late: int
     rounds_rejected: int
     tasks_sent_again: int
+    bytes_down: int
+    bytes_up: int
     story: str
     patient_is: str
     waiting_since: AwareDatetime | None = None

@@ -12,18 +12,19 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from common import exchange, measure, metrics
+from common import exchange, measure, metrics, quantisation
 from common.calibration import measure_noise_std
 from common.errors import InvalidReply, QuorumNotReached
 from common.exchange import Prepared, Task
 from common.measure import Statistic
 from common.metrics import Histogram, Scores
+from common.model import FlatArray
 from common.plan import NoPrivacy, Plan
 from common.trail import Trail
 from server import approvals
 from server.checkpoint import Attendance, RoundRecord, RunState
 from server.heads import Heads, taken_from
-from server.mailbox import NOT_READABLE, Mailbox
+from server.mailbox import NOT_READABLE, Bytes, Mailbox
 from server.norm import largest_norm
 from server.revoked import REVOKED
 from server.roster import Roster
@@ -95,6 +96,7 @@ class Rounds:
         self._deliver()
         self._count_away()
         self._count_late()
+        self._count_bytes()
         return test
 
     def _await_approval(self) -> None:
@@ -127,8 +129,9 @@ class Rounds:
     def _round(self, server_round: int) -> None:
         start = time.monotonic()
         plan = self._plan
+        self._count_bytes()  # those before the round
         task = self._task(server_round, "train", "")
-        record = exchange.task_record(task)
+        record = exchange.task_record(task, form=plan.exchange.update)
         messages = list(
             self._strategy.configure_train(
                 server_round, record.array_records["arrays"], record.config_records["task"], self._grid
@@ -157,9 +160,13 @@ class Rounds:
         parameters, velocity = descended(
             self.state.parameters, self.state.velocity, arrays["update"].numpy(), asked=plan.strategy
         )
+        if server_round == plan.rounds:
+            parameters = self._carried(parameters)  # the model that sites test and keep is the result
         self.state = replace(self.state, server_round=server_round, parameters=parameters, velocity=velocity)
         if server_round in plan.validation_rounds:
             record_of_round = self._validated(record_of_round)
+        crossed = self._count_bytes()
+        record_of_round = replace(record_of_round, bytes_down=crossed.down, bytes_up=crossed.up)
         self.state = replace(self.state, rounds=(*self.state.rounds, record_of_round))
         self._save(self.state)
         self._trail.record(
@@ -183,10 +190,11 @@ class Rounds:
                 if name in valid:
                     raise InvalidReply("second_reply")
                 site = self._roster.sites[name]
-                exchange.read_update(
+                update = exchange.read_update(
                     content,
                     server_round=server_round,
                     num_parameters=len(self.state.parameters),
+                    form=self._plan.exchange.update,
                     bound=self._plan.strategy.update_bound,
                     max_norm=self._max_norm(site),
                     weight=self._weight(site),
@@ -199,8 +207,9 @@ class Rounds:
             self._attend(name, replace(seen, valid=seen.valid + 1, training_tasks=seen.training_tasks + 1))
             self._trail.record("reply", round=server_round, site=name)
             assert reply is not None
+            reply.content = exchange.update_record(update)  # in fp32, for Flower's strategies
             yield reply
-            del reply, content
+            del reply, content, update
 
     def _max_norm(self, site: Prepared) -> float:
         asked = self._plan.strategy.max_update_norm
@@ -236,7 +245,7 @@ class Rounds:
 
     def _evaluate(self, part: str, server_round: int) -> Released:
         task = self._task(server_round, "evaluate", part)
-        record = exchange.task_record(task)
+        record = exchange.task_record(task, form=self._plan.exchange.update)
         messages = list(
             self._strategy.configure_evaluate(
                 server_round, record.array_records["arrays"], record.config_records["task"], self._grid
@@ -274,7 +283,8 @@ class Rounds:
 
     def _deliver(self) -> None:
         """Sends the final model to every site that takes part."""
-        record = exchange.task_record(self._task(self._plan.rounds, "deliver", ""))
+        task = self._task(self._plan.rounds, "deliver", "")
+        record = exchange.task_record(task, form=self._plan.exchange.update)
         ttl = self._plan.reply_deadline_seconds + self._plan.grace_seconds
         messages = [
             Message(record, dst_node_id=node, message_type=exchange.DELIVER, ttl=ttl, group_id="deliver")
@@ -300,8 +310,11 @@ class Rounds:
             server_round=server_round,
             purpose=purpose,
             part=part,
-            parameters=self.state.parameters,
+            parameters=self._carried(self.state.parameters),
         )
+
+    def _carried(self, parameters: FlatArray) -> FlatArray:
+        return quantisation.carried(parameters, form=self._plan.exchange.update)
 
     def _learn_sites(self) -> None:
         former = self.state.waiting_since
@@ -326,6 +339,17 @@ class Rounds:
             seen = self._attendance(name)
             self._attend(name, replace(seen, late=seen.late + 1))
             self._trail.record("reply_late", site=name, round=late.group)
+
+    def _count_bytes(self) -> Bytes:
+        """Adds to each site's bytes what has crossed the network since the last call; returns the sum."""
+        total = Bytes()
+        for node, found in self._mailbox.bytes().items():
+            name = self._roster.name(node)
+            seen = self._attendance(name)
+            down, up = seen.bytes_down + found.down, seen.bytes_up + found.up
+            self._attend(name, replace(seen, bytes_down=down, bytes_up=up))
+            total = Bytes(down=total.down + found.down, up=total.up + found.up)
+        return total
 
     def _note_asked(self, event: str, messages: list[Message], task: Task, **more: Any) -> None:
         asked = [self._roster.name(message.metadata.dst_node_id) for message in messages]

@@ -90,6 +90,8 @@ def _round(entry: RoundRecord) -> Round:
         dice=entry.dice,
         dice_interval=entry.dice_interval,
         accuracy=entry.accuracy,
+        bytes_up=entry.bytes_up,
+        bytes_down=entry.bytes_down,
     )
 
 
@@ -170,6 +172,8 @@ def _participation(
         rounds_late=seen.late,
         rounds_rejected=seen.rejected,
         tasks_sent_again=seen.away,
+        bytes_down=seen.bytes_down,
+        bytes_up=seen.bytes_up,
         story=_story(
             site,
             seen,

@@ -10,6 +10,7 @@ import contextlib
 import json
 import multiprocessing
 import threading
+import traceback
 from collections.abc import Sequence
 from multiprocessing import forkserver as server
 from multiprocessing.connection import Connection
@@ -107,7 +108,11 @@ def _serve(connection: Connection, command: str) -> None:
     with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
         while True:
             told = json.loads(connection.recv_bytes())
-            code = exit_code(lambda told=told: _run(told, pools), command=command)  # type: ignore[misc]
+            try:
+                code = exit_code(lambda told=told: _run(told, pools), command=command)  # type: ignore[misc]
+            except Exception:  # a defect: the person sees where, and the command ends as after any error
+                traceback.print_exc()
+                code = 1
             connection.send_bytes(str(code).encode())
     for pool in pools.values():
         pool.close()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 from flwr.app import Message, RecordDict
 
 from common import exchange, flower, measure
 from common.errors import InvalidReply, Refusal
 from common.exchange import Prepared, Scored, Task, Update
+from common.quantisation import BLOCK, DTYPES, Form, quantised
 from server.heads import taken_from
 from tests.plans import asked
 
@@ -43,7 +46,13 @@ def _records() -> list[RecordDict]:
     return [
         exchange.task_record(task),
         exchange.prepared_record(prepared),
-        exchange.update_record(Update(server_round=1, values=values, weight=1.0, train_loss=0.5)),
+        *(exchange.task_record(task, form=form) for form in BLOCK),
+        *(
+            exchange.update_record(
+                Update(server_round=1, arrays=quantised(values, form=form), weight=1.0, train_loss=0.5)
+            )
+            for form in DTYPES
+        ),
         *(exchange.scored_record(Scored(server_round=1, part="test", arrays=of)) for of in (exact, noised)),
         exchange.refusal_record("budget_exceeded"),
         exchange.delivered_record(),
@@ -51,6 +60,12 @@ def _records() -> list[RecordDict]:
 
 
 SEEDS = [_packed(record) for record in _records()]
+
+
+def _read_update(record: RecordDict, form: Form) -> Update:
+    return exchange.read_update(
+        record, server_round=1, num_parameters=SIZE, form=form, bound=16.0, max_norm=9.0, weight=1.0
+    )
 
 
 def parse(data: bytes) -> None:
@@ -71,9 +86,7 @@ def parse(data: bytes) -> None:
         lambda: taken_from(head),
         lambda: exchange.require_accepted(head),
         lambda: exchange.read_prepared(prepared),
-        lambda: exchange.read_update(
-            update, server_round=1, num_parameters=SIZE, bound=16.0, max_norm=9.0, weight=1.0
-        ),
+        *(partial(_read_update, update, form) for form in DTYPES),
         lambda: exchange.read_scored(exact, server_round=1, part="test", expected=EXPECTED[0]),
         lambda: exchange.read_scored(noised, server_round=1, part="test", expected=EXPECTED[1]),
     ):

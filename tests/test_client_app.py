@@ -102,7 +102,13 @@ def trained(site: Site, asked: Plan, task: Task | None = None, *, weight: float 
     exchange.require_accepted(record)
     size = len(parameters_of(asked))
     return exchange.read_update(
-        record, server_round=1, num_parameters=size, bound=1e9, max_norm=math.inf, weight=weight
+        record,
+        server_round=1,
+        num_parameters=size,
+        form=asked.exchange.update,
+        bound=1e9,
+        max_norm=math.inf,
+        weight=weight,
     )
 
 
@@ -214,7 +220,7 @@ def test_evaluation_is_charged_to_its_part(site: Site) -> None:
 def test_repeated_task_gets_the_same_bits_and_no_second_charge(site: Site) -> None:
     asked = private_plan()
     first, again = trained(site, asked), trained(site, asked)
-    assert again.values.tobytes() == first.values.tobytes()
+    assert again.arrays["values"].tobytes() == first.arrays["values"].tobytes()
     assert (again.train_loss, again.weight) == (first.train_loss, first.weight)
     assert len(charges(site)) == 1
 
@@ -233,7 +239,7 @@ def test_secure_noise_is_fresh_for_every_site_state(site: Site) -> None:
     assert refusal(site, asked, task_of(asked)) == "ledger_broken"
     head_path(site).unlink()
     shutil.rmtree(site.directory / "plans")
-    assert not np.array_equal(trained(site, asked).values, first.values)
+    assert not np.array_equal(trained(site, asked).arrays["values"], first.arrays["values"])
 
 
 def test_seeded_update_is_that_of_training_on_the_cohort(tmp_path: Path) -> None:
@@ -248,7 +254,7 @@ def test_seeded_update_is_that_of_training_on_the_cohort(tmp_path: Path) -> None
         key=seeded_key(seed=5, plan_hash=asked.hash, server_round=1, site="lab"),
     )
     told = trained(site, asked)
-    assert told.values.tobytes() == expected.update.tobytes()
+    assert told.arrays["values"].tobytes() == expected.update.tobytes()
     assert told.train_loss == expected.train_loss
 
 
@@ -260,8 +266,8 @@ def test_training_starts_at_the_parameters_of_the_task(site: Site) -> None:
     trained(site, asked, task_of(asked, parameters=start * 3))
     shutil.rmtree(site.state / "exact_replies")
     again = trained(site, asked, task_of(asked, parameters=start))
-    assert again.values.any()
-    assert again.values.tobytes() == first.values.tobytes()
+    assert again.arrays["values"].any()
+    assert again.arrays["values"].tobytes() == first.arrays["values"].tobytes()
 
 
 def test_everything_a_site_sends_follows_from_its_nominal_number_and_not_the_true_one(tmp_path: Path) -> None:
@@ -402,7 +408,7 @@ def test_approved_plan_is_worked_on(tmp_path: Path) -> None:
     asked = private_plan()
     assert refusal(careful, asked, task_of(asked)) == "not_approved"
     approval.decide(careful, asked, "approved")
-    assert trained(careful, asked).values.any()
+    assert trained(careful, asked).arrays["values"].any()
 
 
 @pytest.mark.parametrize("purpose", ["train", "evaluate"])

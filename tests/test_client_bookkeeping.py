@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
+from client.book import Book
 from client.bookkeeping import BookKeeping, NotSupported
 from client.contribution import Products, Rows, clip_factors
 from client.hooked import ExpandedWeights
@@ -268,3 +271,24 @@ def test_a_patient_without_a_finite_gradient_counts_as_nothing_and_moves_no_othe
     assert factors.tolist() == [1.0, 0.0, 1.0]
     torch.testing.assert_close(kept[0].weighted_sum(factors), expected[0] + expected[2])
     assert kept[1].weighted_sum(factors).tolist() == [2.0]
+
+
+@pytest.mark.parametrize("changes", PARAMS)
+def test_nothing_of_a_batch_is_kept_when_its_contributions_are_gone(changes: dict[str, Any]) -> None:
+    """Contributions may share memory with the graph that made them; such a ring is never collected."""
+    asked = plan(**changes)
+    network = model.build(asked)
+    images, targets = images_of(asked, num_cases=2), torch.from_numpy(targets_of(asked, num_cases=2))
+    batch = batch_of(images, targets, [1, 1])
+    keeping = BookKeeping(network)
+    before = alive()
+    for _ in range(2):
+        found, _ = keeping.contributions(batch)
+        del found
+    assert alive() == before
+
+
+def alive() -> int:
+    """How many books, contributions and parts of graphs there are in this process."""
+    gc.collect()
+    return sum(isinstance(one, Book | Products | Rows | BackwardCFunction) for one in gc.get_objects())

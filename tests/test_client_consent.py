@@ -17,6 +17,7 @@ from client import approval, decision, waiting
 from client.__main__ import main
 from client.site import Site
 from common.errors import Refusal
+from common.plan import SCHEMA_VERSION
 from common.trail import account
 from tests.plans import plan
 from tests.sites import write_site
@@ -184,9 +185,10 @@ def test_mistakes_give_one_line_and_record_nothing(
 def test_a_plan_of_a_newer_version_is_refused_in_one_line_and_nothing_is_recorded(
     site: Site, file: Path, run: Any
 ) -> None:
-    newer = json.loads(ASKED.to_json()) | {"schema_version": 4, "from_another_time": True}
+    newer = json.loads(ASKED.to_json()) | {"schema_version": SCHEMA_VERSION + 1, "from_another_time": True}
     file.write_text(json.dumps(newer))
     code, _, told = run(site.directory, file, "--yes")
     assert code == 2 and told.count("\n") == 1
-    assert "a plan of schema 3 at most, found 4: a newer Feverfew wrote it; update this one" in told
+    found = f"a plan of schema {SCHEMA_VERSION} at most, found {SCHEMA_VERSION + 1}"
+    assert f"{found}: a newer Feverfew wrote it; update this one" in told
     assert not decision.every(site)

@@ -111,7 +111,7 @@ def released(site: Site, asked: Plan, start: FlatArray, *, purpose: Purpose, num
     )
     if purpose == "train":
         update = work.train(site, asked, task, network=network)
-        return [update.values.tobytes(), repr(update.train_loss).encode()]
+        return [update.arrays["values"].tobytes(), repr(update.train_loss).encode()]
     return [work.evaluate(site, asked, task, network=network).arrays["histogram"].tobytes()]
 
 

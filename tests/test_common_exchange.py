@@ -62,6 +62,7 @@ def read_update(record: RecordDict, **changes: Any) -> Update:
     asked: dict[str, Any] = {
         "server_round": 3,
         "num_parameters": 3,
+        "form": "fp32",
         "bound": 4.0,
         "max_norm": 1e38,
         "weight": 5.0,
@@ -297,14 +298,14 @@ def test_replies_that_are_no_refusal_are_accepted() -> None:
 
 @pytest.mark.parametrize("loss", [0.25, -0.5, None])
 def test_update_is_read_back(loss: float | None) -> None:
-    update = Update(server_round=3, values=VALUES, weight=5.0, train_loss=loss)
+    update = Update(server_round=3, arrays={"values": VALUES}, weight=5.0, train_loss=loss)
     again = read_update(exchange.update_record(update))
     assert (again.server_round, again.weight, again.train_loss) == (3, 5.0, loss)
-    assert again.values.tobytes() == VALUES.tobytes()
+    assert again.arrays["values"].tobytes() == VALUES.tobytes()
 
 
 def test_update_at_the_bound_is_taken_and_beyond_it_is_not() -> None:
-    assert read_update(update_record(), bound=2.0).values[2] == 2.0
+    assert read_update(update_record(), bound=2.0).arrays["values"][2] == 2.0
     assert rejected(lambda: read_update(update_record(), bound=1.999)) == "out_of_bound"
     assert rejected(lambda: read_update(update_record(values=-VALUES), bound=1.999)) == "out_of_bound"
 
@@ -381,7 +382,7 @@ def test_bytes_that_numpy_writes_for_the_declared_array_are_taken() -> None:
     """The header is compared as text; this is what numpy's own writer makes of it."""
     assert npy(HEADER.ljust(117) + "\n") == Array(VALUES).data
     record = update_record(arrays={"update": lying(Array(VALUES), data=npy(HEADER))})
-    assert read_update(record).values.tolist() == VALUES.tolist()
+    assert read_update(record).arrays["values"].tolist() == VALUES.tolist()
 
 
 @settings(deadline=None)
@@ -391,7 +392,7 @@ def test_changed_bytes_of_an_array_are_rejected_or_change_its_values(position: i
     data[position : position + len(patch)] = patch
     record = update_record(arrays={"update": lying(Array(VALUES), data=bytes(data))})
     try:
-        values = read_update(record, bound=1e38).values
+        values = read_update(record, bound=1e38).arrays["values"]
     except InvalidReply as problem:
         assert problem.code in {"shape", "non_finite", "out_of_bound"}
     else:
@@ -400,7 +401,7 @@ def test_changed_bytes_of_an_array_are_rejected_or_change_its_values(position: i
 
 def test_values_that_were_read_may_be_written_to() -> None:
     """torch warns of arrays that may not."""
-    assert read_update(update_record()).values.flags.writeable
+    assert read_update(update_record()).arrays["values"].flags.writeable
 
 
 def read_scored(record: RecordDict, *, exact: bool, **changes: Any) -> Scored:

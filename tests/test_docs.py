@@ -70,12 +70,13 @@ def left(tmp_path_factory: pytest.TempPathFactory) -> set[tuple[str, str]]:
     west = write_site(directory / "west", name="west", masks=True, unsafe_allow_no_privacy=True)
     quick = {"preprocessing": "grey28", "training__local_steps": 1, "training__expected_batch": 4}
     private, exact = plans.plan(**quick), plans.plan(**quick, privacy="none")
+    short = plans.plan(**quick, exchange__update="int8")
     landmarks = plans.plan(**ASKED, preprocessing="grey28")
     drawn = {**quick, "target": "mask", "classes": ("background", "square"), "model": "unet"}
     masks, exact_masks = plans.plan(**drawn), plans.plan(**drawn, privacy="none")
     found = set()
     for site, plan in (
-        *((north, private), (north, exact), (east, private), (north, landmarks)),
+        *((north, private), (north, exact), (north, short), (east, private), (north, landmarks)),
         *((west, masks), (west, exact_masks)),
     ):
         rehearsed = rehearsal.rehearse(site, plan)
@@ -117,7 +118,10 @@ def test_what_a_hospital_is_shown_before_it_approves_is_in_the_words_of_the_tabl
     drawn = {"target": "mask", "classes": ("background", "square"), "model": "unet"}
     shown = [
         one
-        for plan in (plans.plan(), plans.plan(**drawn), plans.plan(**(plans.TINY | ASKED)))
+        for plan in (
+            *(plans.plan(), plans.plan(exchange__update="fp16"), plans.plan(**drawn)),
+            plans.plan(**(plans.TINY | ASKED)),
+        )
         for site in (north, east)
         for one in leaving.leaving(site, plan)
     ]

@@ -162,10 +162,14 @@ def _update(mark: Path, place: Path) -> None:
     for data in (objects(mark), pickle.dumps(Payload(mark))):
         array = Array(dtype="float32", shape=(3,), stype="numpy.ndarray", data=data)
         good = exchange.update_record(
-            exchange.Update(server_round=1, values=np.zeros(3, np.float32), weight=1, train_loss=None)
+            exchange.Update(
+                server_round=1, arrays={"values": np.zeros(3, np.float32)}, weight=1, train_loss=None
+            )
         )
         record = RecordDict({**good, "arrays": ArrayRecord({"update": array})})
-        exchange.read_update(record, server_round=1, num_parameters=3, bound=1, max_norm=9, weight=1)
+        exchange.read_update(
+            record, server_round=1, num_parameters=3, form="fp32", bound=1, max_norm=9, weight=1
+        )
 
 
 def _task() -> exchange.Task:

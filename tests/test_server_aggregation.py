@@ -44,7 +44,7 @@ def messages(
     for number, values in enumerate(updates):
         update = Update(
             server_round=1,
-            values=values.astype(np.float32),
+            arrays={"values": values.astype(np.float32)},
             weight=(weights or [1.0] * len(updates))[number],
             train_loss=(losses or [1.0] * len(updates))[number],
         )

@@ -98,6 +98,8 @@ def participation(name, *, done, tells):
         rounds_late=0,
         rounds_rejected=0,
         tasks_sent_again=0,
+        bytes_down=done * 90_000,
+        bytes_up=done * 23_000,
         story=f"answered all {done} rounds",
         patient_is="column",
         **(facts if tells else {}),
@@ -267,7 +269,7 @@ def test_json_has_the_documented_keys(report):
     }  # fmt: skip
     assert set(tree["participation"]["aspen"]) == {
         "status", "role", "rounds_valid", "rounds_late", "rounds_rejected", "tasks_sent_again", "story",
-        "patient_is",
+        "bytes_down", "bytes_up", "patient_is",
     }  # fmt: skip
     assert set(tree["timing"]) == {"wall_seconds", "training_seconds", "overhead_seconds"}
 

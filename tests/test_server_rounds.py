@@ -86,7 +86,7 @@ def _answer(plan: Plan, task: Task, name: str, step: float, facts: dict[str, Any
         return exchange.prepared_record(Prepared(**{**fields, **facts}))
     if task.purpose == "train":
         values = np.full(task.parameters.shape, step, dtype=np.float32)
-        update = Update(server_round=task.server_round, values=values, weight=1.0, train_loss=1.0)
+        update = Update(server_round=task.server_round, arrays={"values": values}, weight=1.0, train_loss=1.0)
         return exchange.update_record(update)
     if task.purpose == "evaluate":
         arrays = {

@@ -79,7 +79,7 @@ def test_a_run_of_a_former_schema_ends_at_once_and_says_why(home: Home) -> None:
         carry_text(home, former, {}, run="former")
     end = RunRecord(directory=home.runs / "former").end
     assert end is not None and end.status == "failed"
-    assert "a plan of schema 2, found 1: an older Feverfew made it" in end.message
+    assert "a plan of schema 3, found 1: an older Feverfew made it" in end.message
 
 
 def test_a_run_is_signed_when_it_ends_and_before_it_is_called_ended(done: Home) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 
 from server.report import Report
 from tests.mistakes import require_one_clear_line
@@ -36,7 +37,7 @@ def simulate(place: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
 def sites(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("sites")
     for name in ("a", "b"):
-        write_site(directory / name, name=name, num_patients=30)
+        write_site(directory / name, name=name, num_patients=30, unsafe_allow_seeded_noise=True)
     return directory
 
 
@@ -138,3 +139,30 @@ def test_the_composed_config_is_printed_without_running(tmp_path: Path) -> None:
     done = simulate(tmp_path, "--cfg", "job")
     assert done.returncode == 0 and "learning_rate" in done.stdout
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_updates_in_fewer_bytes_are_counted_and_the_result_is_what_arrived(
+    sites: Path, tmp_path: Path
+) -> None:
+    """With a model so large that what is said about the arrays weighs little."""
+    wide = ["model.channels=[64,64]", "plan.randomness=seeded", "privacy=none"]
+    kinds = {"full": ("fp32", 2), "half": ("fp16", 2), "quarter": ("int8", 2), "again": ("int8", 1)}
+    reports, models = {}, {}
+    for name, (form, workers) in kinds.items():
+        chosen = [f"exchange.update={form}", f"engine.workers={workers}", f"hydra.run.dir={name}"]
+        done = simulate(tmp_path, *SMALL, *wide, f"data.directory={sites}", *chosen)
+        assert done.returncode == 0, done.stderr
+        reports[name] = Report.read(tmp_path / name)
+        models[name] = load_file(tmp_path / name / "model.safetensors")
+    for key, value in models["quarter"].items():
+        assert models["again"][key].tobytes() == value.tobytes(), "with any number of workers"
+    for site, full in reports["full"].participation.items():
+        for name, most in (("half", 0.51), ("quarter", 0.27)):
+            part = reports[name].participation[site]
+            assert part.bytes_up <= most * full.bytes_up
+            assert part.bytes_down <= most * full.bytes_down
+        state = sites / site / "state"
+        kept = load_file(next((state / "models").glob("quarter-*/model.safetensors")))
+        assert all(kept[key].tobytes() == value.tobytes() for key, value in models["quarter"].items())
+        assert not list((state / "feedback").iterdir())

@@ -23,6 +23,7 @@ from server.process import Identity
 from server.run_record import RunRecord
 from server.services import pid_file
 from tests import fault_points
+from tests.proxy import Proxy
 from tests.stage import SITES, Stage, rounds_done, staged
 
 pytestmark = [
@@ -33,6 +34,7 @@ pytestmark = [
 ROUNDS = 200
 MEAN_SECONDS = 20.0
 """Between two losses, exponentially distributed."""
+CUT_SECONDS = 3.0
 LOOK_SECONDS = 2.0
 SETTLED_SECONDS = 40.0
 """A process that was started is still loading before."""
@@ -50,14 +52,14 @@ class Sample:
 
 @dataclass
 class Watch:
-    """Samples of every life of every process."""
+    """Samples of every life of every process, for as long as there are rounds."""
 
     stage: Stage
     record: RunRecord
     samples: dict[tuple[str, Identity], list[Sample]] = field(default_factory=lambda: defaultdict(list))
 
     def run(self, over: threading.Event) -> None:
-        while not over.wait(LOOK_SECONDS):
+        while not over.wait(LOOK_SECONDS) and rounds_done(self.record) < ROUNDS:  # reports need more
             for name, identity in self._alive():
                 sample = _sample(identity)
                 if sample is not None:
@@ -127,10 +129,16 @@ def _kill(identity: Identity | None) -> None:
         os.kill(identity.pid, signal.SIGKILL)
 
 
+def _cut(proxy: Proxy) -> None:
+    """Cuts the connection of a site for a while."""
+    proxy.cut()
+    threading.Timer(CUT_SECONDS, proxy.heal).start()
+
+
 def _losses(stage: Stage, record: RunRecord) -> dict[str, Callable[[], object]]:
     """What may be lost, by its name."""
     federation, life = stage.federation, record.life
-    found: dict[str, Callable[[], object]] = {"connection": stage.proxy.cut}
+    found: dict[str, Callable[[], object]] = {"connection": partial(_cut, stage.proxy)}
     found["serverapp"] = partial(_kill, None if life is None or life.is_over else life.identity)
     for name in SERVICES:
         found[name] = partial(_kill, Identity.read(pid_file(federation.home, name)))
