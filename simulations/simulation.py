@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from client import frozen, tally
+from client.approval import plans_path
 from client.release import claim_path, head_path, open_ledger
 from client.site import Site, open_site
 from client.trail import head_path as trail_head_path
@@ -94,7 +95,8 @@ def forgotten(sites: Sequence[Site], *, heads: Path) -> Iterator[None]:
     """
     known = [heads]
     for site in sites:
-        known += [site.state, site.runs, head_path(site), claim_path(site), trail_head_path(site)]
+        known += [site.state, site.runs, plans_path(site)]
+        known += [head_path(site), claim_path(site), trail_head_path(site)]
     place = heads.with_name(".forgotten")
     place.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=place))

@@ -204,3 +204,18 @@ def test_an_open_cohort_is_used_again_until_another_is_wanted_and_the_longest_un
     assert cohorts.get(Path("a"), "v2", lambda: cohort_of(10)) is second, "b was unused longer"
     large = cohorts.get(Path("d"), "v1", lambda: cohort_of(1000))
     assert cohorts.get(Path("d"), "v1", lambda: cohort_of(1000)) is large and len(cohorts) == 1
+
+
+def test_a_private_run_begins_anew_on_sites_that_had_one(tmp_path: Path) -> None:
+    """Ledgers, plans and heads of before are gone together; what is left of one of them would stop its site."""
+    places = [tmp_path / "sites" / name for name in ("a", "b")]
+    for place in places:
+        write_site(place, name=place.name, num_patients=30, size=8, unsafe_allow_seeded_noise=True)
+    private = plan(**TINY, rounds=1, evaluation__validation_every=0, training__expected_batch=4)
+    reports = [
+        simulate(private, places, settings=settings(places, workers=1), directory=tmp_path / f"{number}")
+        for number in range(2)
+    ]
+    spent = [report.privacy.per_site["a"].total_epsilon for report in reports]
+    assert spent[0] and spent[0] == spent[1], "the second ledger does not go on from the first"
+    assert not any((tmp_path / "sites" / ".forgotten").glob("*"))
