@@ -148,7 +148,10 @@ def _read_kept(path: Path) -> tuple[str, Plan] | None:
 
 
 def plans_path(site: Site) -> Path:
-    """Returns the folder of the plans that are kept: beside the state, so that a rehearsal, which has a state of its own, leaves no plan here."""
+    """Returns the folder of the plans that are kept.
+
+    It is beside the state, so that a rehearsal, which has a state of its own, leaves no plan here.
+    """
     return site.state.with_name("plans")
 
 

@@ -207,7 +207,7 @@ def test_an_open_cohort_is_used_again_until_another_is_wanted_and_the_longest_un
 
 
 def test_a_private_run_begins_anew_on_sites_that_had_one(tmp_path: Path) -> None:
-    """Ledgers, plans and heads of before are gone together; what is left of one of them would stop its site."""
+    """Ledgers, plans and heads of before are gone together; what is left of one would stop its site."""
     places = [tmp_path / "sites" / name for name in ("a", "b")]
     for place in places:
         write_site(place, name=place.name, num_patients=30, size=8, unsafe_allow_seeded_noise=True)
