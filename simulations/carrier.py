@@ -28,7 +28,8 @@ from simulations.settings import Settings
 if TYPE_CHECKING:  # what takes long to import is imported in the process that all others are forked from
     from simulations.workers import Workers
 
-_SHARED = ("simulations.simulation", "client.app")
+# pyarrow has a pool of threads, which it makes anew after a fork; no work has been given to it before.
+_SHARED = ("simulations.simulation", "client.app", "pyarrow.parquet")
 
 
 class Carrier:
