@@ -102,7 +102,7 @@ def decide(site: Site, plan: Plan, verdict: Verdict, *, reason: str = "") -> Dec
 
 def keep(site: Site, plan: Plan) -> None:
     """Keeps a plan that this site is about to work on; a lost ledger is restored from what is kept."""
-    path = _kept(site) / f"{plan.hash}.json"
+    path = plans_path(site) / f"{plan.hash}.json"
     if path.exists():
         return
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def has_worked(site: Site) -> bool:
 
 
 def _kept_files(site: Site) -> list[Path]:
-    return sorted(_kept(site).glob("*.json"))
+    return sorted(plans_path(site).glob("*.json"))
 
 
 def _read_kept(path: Path) -> tuple[str, Plan] | None:
@@ -147,8 +147,11 @@ def _read_kept(path: Path) -> tuple[str, Plan] | None:
         return None
 
 
-def _kept(site: Site) -> Path:
-    """Beside the state, so that a rehearsal, which has a state of its own, leaves no plan here."""
+def plans_path(site: Site) -> Path:
+    """Returns the folder of the plans that are kept.
+
+    It is beside the state, so that a rehearsal, which has a state of its own, leaves no plan here.
+    """
     return site.state.with_name("plans")
 
 

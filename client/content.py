@@ -55,14 +55,21 @@ def stamp(case: Case, *, directory: Path) -> Stamp:
     Raises:
         UnusableCase: as ``load``.
     """
-    paths = [path for image in case.images for path in _paths(directory / image)]
+    stamps = [one for image in case.images for one in _stamps(directory / image)]
     if case.mask:
-        paths.append(directory / case.mask)
-    stamps = [files.stamp(path) for path in paths]
+        stamps.append(files.stamp(directory / case.mask))
     size = sum(one[0] for one in stamps)
     if size > MAX_BYTES:
         raise UnusableCase("too_large", f"Expected at most {MAX_BYTES} bytes, found {size}.")
     return size, max(one[1] for one in stamps), max(one[2] for one in stamps)
+
+
+def _stamps(image: Path) -> list[Stamp]:
+    """Returns the stamp of the file, which is looked at once, or of each file of the folder."""
+    try:
+        return [files.stamp(image)]
+    except UnusableCase:
+        return [files.stamp(path) for path in _paths(image)]
 
 
 def _paths(image: Path) -> list[Path]:

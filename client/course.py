@@ -9,16 +9,18 @@ from __future__ import annotations
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Final
 
 from client.files import private_directory
 from client.site import Site
 from common.errors import Refusal, StateError
 from common.exchange import Task
-from common.plan import Plan
+from common.plan import NoPrivacy, Plan
 from common.schema import Tables
 
 SECONDS_TO_LOCK: Final = 60
+EXACT: Final = "exact_course.sqlite"
 PHASES: Final = {
     ("train", ""): 0,
     ("landmarks", ""): 0,
@@ -45,8 +47,10 @@ def require_plan(site: Site, plan: Plan, *, run: str) -> None:
     Raises:
         Refusal: code ``other_plan``.
     """
-    with _opened(site) as database:
-        _require_plan(database, plan, run=run)
+    for path in _paths(site):
+        if path.exists():
+            with _opened(path) as database:
+                _require_plan(database, plan, run=run)
 
 
 def rounds_of(plan: Plan, *, purpose: str, part: str) -> Sequence[int]:
@@ -66,7 +70,7 @@ def rounds_of(plan: Plan, *, purpose: str, part: str) -> Sequence[int]:
 
 
 def enter(site: Site, plan: Plan, task: Task) -> None:
-    """Notes a task, durably, unless its run may not ask for it now; the same task may be asked again.
+    """Notes a task, with privacy durably, unless its run may not ask for it now; the same may be asked again.
 
     Raises:
         Refusal: code ``other_plan``; ``wrong_round``: the plan has no such task in that round, or the run has
@@ -77,7 +81,9 @@ def enter(site: Site, plan: Plan, task: Task) -> None:
         raise Refusal("wrong_round", f"the plan has no {what} in round {task.server_round}")
     phase = PHASES[task.purpose, task.part]
     place = (task.run, task.server_round, phase)
-    with _opened(site) as database, database:
+    private_directory(site.state)
+    require_plan(site, plan, run=task.run)
+    with _opened(_path(site, plan)) as database, database:
         database.execute("BEGIN IMMEDIATE")
         _require_plan(database, plan, run=task.run)
         if _has(database, "task = ?", task.identity):
@@ -101,17 +107,34 @@ def _has(database: sqlite3.Connection, condition: str, *values: object) -> bool:
     return database.execute(f"SELECT 1 FROM asked WHERE {condition} LIMIT 1", values).fetchone() is not None
 
 
+def _path(site: Site, plan: Plan) -> Path:
+    return _paths(site)[isinstance(plan.privacy, NoPrivacy)]
+
+
+def _paths(site: Site) -> tuple[Path, Path]:
+    """Returns the files of plans with and without privacy.
+
+    Who goes back in a run without privacy learns nothing that was not open to them anyway: the second file
+    does not wait for the disk, and can be lost with it; so it must not be the first.
+    """
+    return site.state / "course.sqlite", site.state / EXACT
+
+
 @contextmanager
-def _opened(site: Site) -> Iterator[sqlite3.Connection]:
-    path = private_directory(site.state) / "course.sqlite"
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    is_exact = path.name == EXACT
     try:
         with closing(sqlite3.connect(path, isolation_level=None, timeout=SECONDS_TO_LOCK)) as database:
-            database.execute("PRAGMA synchronous=FULL")
+            database.execute(f"PRAGMA synchronous={'OFF' if is_exact else 'FULL'}")
+            if is_exact:
+                database.execute("PRAGMA journal_mode=MEMORY")
             _TABLES.prepare(database, path=path)
             yield database
     except sqlite3.OperationalError:  # a full disk, not a damaged file
         raise
     except sqlite3.DatabaseError as error:
+        if is_exact:  # the power failed; it begins anew with the next task
+            path.unlink(missing_ok=True)
         raise StateError(
             f"Expected the tasks of runs in {path}, found: {error}; move the file away."
         ) from None

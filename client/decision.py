@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -108,23 +109,28 @@ def _read(site: Site, path: Path) -> Decision | None:
     """Returns the decision in a file if it is of this site, of the plan and author that the file's name says,
     and signed with the site's key."""
     try:
-        tree: Any = json.loads(path.read_text(encoding="utf-8"))
-        found = Decision.model_validate(tree)
-    except (OSError, ValueError, RecursionError, ValidationError):
-        found = None
-    if found is None or not _fits(site, path, found):
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        text = ""
+    key = keys.read_private(_key(site)).public_key() if _key(site).exists() else None
+    found = _understood(text, path.name, site.name, None if key is None else keys.public_pem(key))
+    if found is None:
         logger.warning("%s holds no decision of this site and counts for nothing", path)
-        return None
     return found
 
 
-def _fits(site: Site, path: Path, found: Decision) -> bool:
-    return (
-        found.site == site.name
+@lru_cache(maxsize=4)  # a task asks several times
+def _understood(text: str, file: str, site: str, key_pem: bytes | None) -> Decision | None:
+    try:
+        tree: Any = json.loads(text)
+        found = Decision.model_validate(tree)
+    except (ValueError, RecursionError, ValidationError):
+        return None
+    fits = (
+        found.site == site
         and found.plan.hash == found.plan_hash
-        and path == _path(site, found.plan_hash, by=found.by)
-        and _key(site).exists()
-        and chain.is_signature(
-            found.signature, key=keys.read_private(_key(site)).public_key(), text=found.text
-        )
+        and file == f"{found.plan_hash}{_SUFFIX[found.by]}"
+        and key_pem is not None
+        and chain.is_signature(found.signature, key=keys.from_pem(key_pem), text=found.text)
     )
+    return found if fits else None

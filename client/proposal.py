@@ -21,7 +21,7 @@ SECTIONS: Final[dict[str, tuple[str, ...]]] = {
     "Model": ("model",),
     "Data": ("target", "classes", "clinical", "preprocessing.inputs"),
     "Preprocessing, steps in this order": ("preprocessing",),
-    "Rounds and steps": ("rounds", "sites", "quorum", "training"),
+    "Rounds and steps": ("rounds", "sites", "sites_per_round", "quorum", "training"),
     "Privacy": ("privacy", "randomness", "seed"),
     "Evaluation": ("evaluation",),
     "Averaging": ("strategy",),

@@ -135,4 +135,6 @@ def write(path: Path, *, refused: Iterable[Refused]) -> None:
     writer.writerow(("image", "code", "remedy"))
     ordered = sorted((one.image, one.code) for one in refused)
     writer.writerows((image, code, REMEDIES[code]) for image, code in ordered)
-    files.write_private(path, content=text.getvalue().encode())
+    content = text.getvalue().encode()
+    if not path.exists() or path.read_bytes() != content:
+        files.write_private(path, content=content)

@@ -19,7 +19,7 @@ from client.replies import Reply
 from client.site import Site
 from common import exchange, keys
 from common.chain import Head
-from common.errors import LedgerError, Refusal
+from common.errors import LedgerError, Refusal, StateError
 from common.exchange import Task
 from common.plan import Plan
 from common.privacy import Spend
@@ -52,8 +52,7 @@ def once(
     """
     approval.require(site, plan)
     if spend is None:
-        directory = private_directory(site.state) / "exact_replies"
-        return replies.load(directory, task.identity) or _stored(directory, task, work())
+        return _exact(private_directory(site.state) / "exact_replies", task, work)
     directory = private_directory(site.state) / "replies"
     with FileLock(site.state / "task.lock", mode=0o600), open_ledger(site) as ledger:
         approval.keep(site, plan)  # before the charge: a restoration must know what it was for
@@ -78,6 +77,20 @@ def once(
                 raise
         ledger.finish(task.identity, Outcome(kind="stored", code=""))
         return reply
+
+
+def _exact(directory: Path, task: Task, work: Callable[[], Reply]) -> Reply:
+    """Returns a reply that nothing is charged for: the stored one, or where it is gone or damaged another.
+
+    Nobody is harmed by a second one, so the disk is not waited for.
+    """
+    with contextlib.suppress(StateError):
+        stored = replies.load(directory, task.identity)
+        if stored is not None:
+            return stored
+    reply = work()
+    replies.store(directory, task.identity, reply, is_durable=False)
+    return reply
 
 
 def _released_before(directory: Path, task: Task, outcome: Outcome) -> Reply:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -169,8 +170,13 @@ def read_settings(path: Path) -> SiteSettings:
         SchemaError: written for another version.
         ConfigError: not YAML, or a key is unknown, missing or wrong.
     """
+    return _read_settings(path, path.read_bytes())
+
+
+@lru_cache(maxsize=1024)  # every task reads the file, so that a change holds from the next on
+def _read_settings(path: Path, content: bytes) -> SiteSettings:
     try:
-        tree = current(tree_of(path.read_bytes()), template="client.yaml", name="", nominal_patients=1)
+        tree = current(tree_of(content), template="client.yaml", name="", nominal_patients=1)
         return SiteSettings.model_validate(tree)
     except ConfigError as error:
         raise type(error)(f"{path}: {error}") from None

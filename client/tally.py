@@ -17,7 +17,6 @@ from rich.table import Table
 from client import files, quarantine
 from client.cohort import Cohort
 from client.site import Site
-from common import durable
 from common.errors import StateError, UserError
 from common.value import Value
 
@@ -65,7 +64,6 @@ def record(site: Site, *, run: str, plan_hash: str, cohort: Cohort) -> None:
         if before and before[-1].model_copy(update={"since": found.since}) == found:
             return
         files.write_private(path, content=TALLIES.dump_json((*before, found), indent=2))
-        durable.sync_directory(path.parent)
 
 
 def find(site: Site, *, run: str) -> tuple[Tally, ...]:
@@ -79,6 +77,16 @@ def find(site: Site, *, run: str) -> tuple[Tally, ...]:
     if run not in known:
         raise UserError(f"Expected one of the {len(known)} runs in {site.runs}, found none called {run}.")
     return _read(known[run])
+
+
+def last(site: Site, *, run: str) -> Tally | None:
+    """Returns what a run found last; None where it has used no case here.
+
+    Raises:
+        StateError: the file is damaged.
+    """
+    path = site.runs / run / FILE
+    return _read(path)[-1] if path.exists() else None
 
 
 def report(site: Site, run: str, *, as_json: bool) -> int:

@@ -55,6 +55,7 @@ def record(
         StateError: the file is damaged; it is left as it is.
     """
     directory = files.private_directory(files.private_directory(site.runs) / run)
+    is_new = not (directory / FILE).exists()
     with FileLock(site.runs / ".lock", mode=0o600):
         before = _read(directory / FILE) if (directory / FILE).exists() else None
         known = set() if before is None else set(_keys(before))
@@ -62,7 +63,7 @@ def record(
         new = [key for key in keys if key not in known]
         if new or before is None:
             files.write_private(directory / FILE, content=_content(before, new))
-            for changed in (directory, site.runs, site.runs.parent):
+            for changed in (directory, site.runs, site.runs.parent) if is_new else (directory,):
                 durable.sync_directory(changed)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from typing import Final
 
 from safetensors.numpy import save
 from torch import nn
@@ -34,6 +35,7 @@ from client.cohort import Cohort, Part, open_cohort
 from client.cost import planned_spends
 from client.leaving import sends_exact_scores
 from client.noise import Key, secure_key, seeded_key
+from client.opened import OpenCohorts, Opened
 from client.replies import Reply
 from client.site import Site
 from common import durable, model
@@ -45,6 +47,9 @@ from common.measure import Exact
 from common.plan import NoPrivacy, Plan
 
 logger = logging.getLogger("feverfew.site")
+
+PROGRESS_SECONDS: Final = 0.2
+"""How often a task says how far it is; a step may take less than to write it down."""
 
 
 def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
@@ -82,8 +87,13 @@ def prepared(site: Site, *, status: str, reason: str) -> Prepared:
         nominal_patients=site.settings.nominal_patients,
         patient_is=site.settings.patient_is,
         parts=site.settings.split.parts,
-        feverfew=version("feverfew"),
+        feverfew=_version(),
     )
+
+
+@lru_cache(maxsize=1)
+def _version() -> str:
+    return version("feverfew")  # reads the files of the installation
 
 
 def train(site: Site, plan: Plan, task: Task, *, network: nn.Module) -> Update:
@@ -254,40 +264,22 @@ def _weight(site: Site, plan: Plan, part: Part) -> float:
             return float(max(1, len(part.patients)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Opened:
-    """An open cohort, and which uses of it (run, plan, part) were written down."""
-
-    cohort: Cohort
-    noted: set[tuple[str, str, str]] = field(default_factory=set)
+_cohorts = OpenCohorts()
 
 
-def _open(site: Site, plan: Plan) -> _Opened:
-    """Returns the cohort as it is now: a new freeze and a withdrawal hold from the next task on.
-
-    Of each site only the last is kept open: it holds its store on disk, and some hundred bytes a case in
-    memory.
-    """
+def _open(site: Site, plan: Plan) -> Opened:
+    """Returns the cohort as it is now: a new freeze and a withdrawal hold from the next task on."""
     listed = site.private / "cohort.json"
     frozen_at = listed.stat().st_mtime_ns if listed.exists() else 0
     wanted = (site, plan.asked, frozen_at, withdrawal.stamp(site))
-    last = _last(site.directory)
-    if wanted not in last:
-        last.clear()
-        last[wanted] = _newly_opened(site, plan.asked)
-    return last[wanted]
+    return _cohorts.get(site.directory, wanted, lambda: _newly_opened(site, plan.asked))
 
 
-@lru_cache(maxsize=64)  # a hospital has one site; a worker of a simulation has several
-def _last(directory: Path) -> dict[tuple[Site, Asked, int, withdrawal.Stamp], _Opened]:
-    return {}
-
-
-def _newly_opened(site: Site, asked: Asked) -> _Opened:
+def _newly_opened(site: Site, asked: Asked) -> Cohort:
     cohort = open_cohort(site, asked=asked)
     most = site.settings.rules.max_quarantined_fraction
     quarantine.require_few(cohort.reasons, offered=cohort.offered, most=most)
-    return _Opened(cohort=cohort)
+    return cohort
 
 
 @lru_cache(maxsize=64)
@@ -297,14 +289,14 @@ def _note_answer(site: Site, run: str, plan_hash: str, status: str, reason: str)
     trail.sign(site)  # a run that ended badly is not told to the site, so what it left is signed here
 
 
-def _note_use(site: Site, run: str, plan_hash: str, part: str, opened: _Opened) -> None:
+def _note_use(site: Site, run: str, plan_hash: str, part: str, opened: Opened) -> None:
     """Writes down, once for a run, part and cohort, whose cases a task is about to use."""
     if (run, plan_hash, part) in opened.noted:
         return
     cohort = opened.cohort
     cases = cohort.sources[part]
-    usage.record(site, run=run, plan_hash=plan_hash, part=part, cohort_version=cohort.version, cases=cases)
     tally.record(site, run=run, plan_hash=plan_hash, cohort=cohort)
+    usage.record(site, run=run, plan_hash=plan_hash, part=part, cohort_version=cohort.version, cases=cases)
     opened.noted.add((run, plan_hash, part))
 
 
@@ -319,8 +311,14 @@ def _keep_scores(site: Site, task: Task, exact: Exact) -> None:
 def _progress(site: Site, plan: Plan, task: Task) -> Iterator[Callable[[int, int], None]]:
     """Shows the site's own people how far a round is: ``state/progress.json``."""
     path = site.state / "progress.json"
+    written = -PROGRESS_SECONDS
 
     def on_step(step: int, steps: int) -> None:
+        nonlocal written
+        now = time.monotonic()
+        if step < steps and now - written < PROGRESS_SECONDS:
+            return
+        written = now
         path.write_text(
             json.dumps({"run": task.run, "round": task.server_round, "step": step, "steps": steps})
         )

@@ -7,6 +7,7 @@ Flower's protobuf form. Nothing is pickled but the arguments with which the proc
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import logging
 import logging.handlers
@@ -264,6 +265,7 @@ def _serve(
     app = _load_or_none(reference)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
+    gc.freeze()  # a task makes many objects of its own; the million of what is imported need no looking at
     with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has closed its end
         while True:
             first = connection.recv_bytes()

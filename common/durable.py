@@ -21,6 +21,20 @@ def write(path: Path, data: bytes) -> None:
     sync_directory(path.parent)
 
 
+def replace(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader, or a killed process, leaves it whole or as it was.
+
+    Where the power fails soon after it may be gone or empty: only for what is made again then.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def sync_directory(directory: Path) -> None:
     """Makes durable which files a directory has."""
     handle = os.open(directory, os.O_RDONLY)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import ssl
+from functools import lru_cache
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -76,12 +77,17 @@ def read_private(path: Path) -> PrivateKey:
         UserError: missing, readable by others, or not a P-384 key.
     """
     try:
-        key = serialization.load_pem_private_key(read_secret(path), password=None)
+        key = _parsed(read_secret(path))
     except (ValueError, TypeError, UnsupportedAlgorithm):
         raise UserError(f"Expected a P-384 private key in {path}, found something else.") from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or not isinstance(key.curve, ec.SECP384R1):
         raise UserError(f"Expected a P-384 private key in {path}, found another kind.")
     return key
+
+
+@lru_cache(maxsize=4)  # a task signs and verifies several times; to parse a key takes as long as to sign
+def _parsed(pem: bytes) -> object:
+    return serialization.load_pem_private_key(pem, password=None)
 
 
 def own(path: Path) -> PrivateKey:

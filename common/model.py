@@ -161,6 +161,13 @@ def _begin_with_contrast(convolution: nn.Conv2d | nn.Conv3d) -> None:
             convolution.bias.zero_()
 
 
+def _linear(plan: Plan) -> nn.Module:
+    asked = plan.preprocessing
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(asked.num_channels * math.prod(asked.size), plan.num_outputs)
+    )
+
+
 def _article_cnn(plan: Plan) -> nn.Module:
     """64x64x3 -> conv 32 -> pool -> conv 64 -> dense 128 -> 1 logit; the sigmoid is in the loss."""
     return nn.Sequential(
@@ -217,6 +224,7 @@ def _unet(plan: Plan) -> nn.Module:
 
 _BUILDERS: dict[str, Callable[[Plan], nn.Module]] = {
     "cnn": _cnn,
+    "linear": _linear,
     "article_cnn": _article_cnn,
     "densenet121": _densenet121,
     "efficientnet_b0": _efficientnet_b0,

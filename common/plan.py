@@ -55,6 +55,12 @@ class Cnn(Value):
         return self
 
 
+class Linear(Value):
+    """Logistic regression: all pixels of a case, and a linear head that sees nothing else."""
+
+    name: Literal["linear"]
+
+
 class ArticleCnn(Value):
     """The CNN of the article that inspired the project; binary tasks on 64x64x3."""
 
@@ -73,7 +79,9 @@ class EfficientNetB0(Value):
     name: Literal["efficientnet_b0"]
 
 
-Model = Annotated[Cnn | ArticleCnn | DenseNet121 | EfficientNetB0 | Unet, Field(discriminator="name")]
+Model = Annotated[
+    Cnn | Linear | ArticleCnn | DenseNet121 | EfficientNetB0 | Unet, Field(discriminator="name")
+]
 
 
 class Training(Value):
@@ -151,6 +159,7 @@ class Plan(Asked):
     seed: Annotated[int, Field(ge=0, lt=2**32)]  # torch drops what is above 32 bits
     rounds: Annotated[int, Field(ge=1, le=100_000)]
     sites: Annotated[int, Field(ge=1, le=100_000)]
+    sites_per_round: Annotated[int, Field(ge=1, le=100_000)] | None
     quorum: Annotated[int, Field(ge=1, le=100_000)]
     node_deadline_seconds: Seconds
     approval_deadline_seconds: Annotated[float, Field(ge=0, le=30 * 86400)]
@@ -168,6 +177,7 @@ class Plan(Asked):
     def _parts_fit_together(self) -> Self:
         if self.quorum > self.sites:
             raise ValueError(f"expected quorum <= sites, found {self.quorum} > {self.sites}")
+        self._sites_per_round_fits()
         self._quorum_is_enough_for_the_strategy()
         if self.strategy.weights == "examples" and self.privacy.mechanism != "none":
             raise ValueError("strategy.weights=examples would release exact counts; use equal or nominal")
@@ -181,6 +191,16 @@ class Plan(Asked):
             self._article_cnn_fits()
         self._model_fits_the_target()
         return self
+
+    def _sites_per_round_fits(self) -> None:
+        asked = self.sites_per_round
+        if asked is not None and not self.quorum <= asked <= self.sites:
+            raise ValueError(
+                f"expected quorum <= sites_per_round <= sites, found sites_per_round={asked} with "
+                f"quorum={self.quorum} and sites={self.sites}"
+            )
+        if asked is not None and self.landmarks is not None:
+            raise ValueError("plan.landmarks asks every site once; set plan.sites_per_round=null")
 
     def _quorum_is_enough_for_the_strategy(self) -> None:
         least = self.strategy.least_updates

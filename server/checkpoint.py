@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +22,7 @@ from common.model import FlatArray
 from server.revoked import REVOKED
 
 SCHEMA = 2
-"""Of ``state.json``; the first had no mark. Later ones keep ``sha256`` as it is, or count as damaged here."""
+"""Of ``state.json``; the first had no mark and no turns. Later ones keep ``sha256``, or are damaged here."""
 _TENSORS = ("parameters", "velocity")
 _KEPT = 2  # if the newest is damaged, the one before still is there
 
@@ -81,6 +81,7 @@ class RunState:
     """The state of a run after ``server_round`` rounds. parameters: float32, (num_parameters,).
 
     ``velocity``: what ``strategy.server_momentum`` has gathered, as ``parameters``; None where there is none.
+    ``turns`` and ``turns_key``: see ``server.turns``; empty where every site is asked in every round.
     ``waiting_since``: the sites that wait for a person's approval, and when they said so first (UTC).
     """
 
@@ -95,6 +96,8 @@ class RunState:
     sites: dict[str, Prepared] = field(default_factory=dict)
     attendance: dict[str, Attendance] = field(default_factory=dict)
     waiting_since: dict[str, str] = field(default_factory=dict)
+    turns: dict[str, int] = field(default_factory=dict)
+    turns_key: str = ""
     velocity: FlatArray | None = None
 
 
@@ -106,11 +109,11 @@ def save_state(directory: Path, state: RunState) -> None:
     temporary.mkdir()
     tensors = {name: getattr(state, name) for name in _TENSORS if getattr(state, name) is not None}
     parameters = save(tensors)
-    tree = {name: value for name, value in asdict(state).items() if name not in _TENSORS}
-    tree["schema"] = SCHEMA
-    tree["sha256"] = checksum(tree, parameters=parameters)
+    tree = {name: value for name, value in vars(state).items() if name not in _TENSORS}
+    text = json.dumps({**tree, "schema": SCHEMA}, default=vars, allow_nan=False)
+    mark = json.dumps({"sha256": _checksum(text, parameters=parameters)})
     _write(temporary / "parameters.safetensors", parameters)
-    _write(temporary / "state.json", json.dumps(tree, allow_nan=False).encode())
+    _write(temporary / "state.json", f"{text[:-1]}, {mark[1:]}".encode())
     final = directory / f"{state.server_round:06d}"
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
@@ -121,8 +124,11 @@ def save_state(directory: Path, state: RunState) -> None:
 
 def checksum(tree: dict[str, Any], *, parameters: bytes) -> str:
     """Returns the sha256 of a state: what stands in the one file, and the bytes of the other."""
-    text = json.dumps(tree, allow_nan=False).encode()
-    return hashlib.sha256(hashlib.sha256(parameters).digest() + text).hexdigest()
+    return _checksum(json.dumps(tree, allow_nan=False), parameters=parameters)
+
+
+def _checksum(text: str, *, parameters: bytes) -> str:
+    return hashlib.sha256(hashlib.sha256(parameters).digest() + text.encode()).hexdigest()
 
 
 def latest(directory: Path, *, run: str, plan_hash: str) -> RunState | None:
@@ -161,7 +167,7 @@ def _load(path: Path) -> RunState | None:
         tree: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if tree.pop("sha256") != checksum(tree, parameters=data):
             return None
-        schema.require(tree.pop("schema", SCHEMA), newest=SCHEMA, what=f"the checkpoint {path}")
+        schema.require(tree.pop("schema", 1), newest=SCHEMA, what=f"the checkpoint {path}")
         datetime.fromisoformat(tree["started"])
         tensors = load(data)
         tree |= {"parameters": tensors["parameters"], "velocity": tensors.get("velocity")}

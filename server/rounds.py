@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from server.norm import largest_norm
 from server.revoked import REVOKED
 from server.roster import Roster
 from server.strategy import descended
+from server.turns import draw, key_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class Rounds:
         self._revoked = revoked
         self._mailbox = Mailbox(grid)
         self._roster = Roster(self._mailbox, plan=plan, run=state.run, trail=trail, heads=heads)
-        self._strategy = strategy(lambda purpose: list(self._roster.nodes(purpose)))
+        self._strategy = strategy(lambda purpose: list(self._nodes(purpose)))
         self.state = state
         """The last good state; kept when the run fails."""
 
@@ -82,6 +83,7 @@ class Rounds:
         self._learn_sites()
         if self.state.server_round == 0 and self._roster.waiting:
             self._await_approval()
+        self._keep_turns_key()
         while self.state.server_round < self._plan.rounds:
             self._roster.admit_newcomers()
             self._learn_sites()
@@ -104,6 +106,25 @@ class Rounds:
         if left > 0:
             self._trail.record("approval_awaited", sites=self._roster.waiting, seconds=left)
             self._roster.await_decisions(seconds=left, learn=self._learn_sites)
+
+    def _keep_turns_key(self) -> None:
+        """Keeps what decides the draws before the first, so that a restart asks the same sites."""
+        if self._plan.sites_per_round is not None and not self.state.turns_key:
+            self.state = replace(self.state, turns_key=key_of(self._plan))
+            self._save(self.state)
+
+    def _nodes(self, purpose: str) -> Sequence[int]:
+        """Returns the nodes to ask, by site name; of the training sites those whose turn it is."""
+        nodes = self._roster.nodes(purpose)
+        count, state = self._plan.sites_per_round, self.state
+        if purpose != "train" or count is None:
+            return nodes
+        names = {self._roster.name(node): node for node in nodes}
+        found = draw(
+            names, turns=state.turns, count=count, key=state.turns_key, server_round=state.server_round + 1
+        )
+        self.state = replace(state, turns=dict(found.turns))
+        return [names[name] for name in found.names]
 
     def _round(self, server_round: int) -> None:
         start = time.monotonic()

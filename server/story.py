@@ -178,6 +178,7 @@ def _participation(
             site,
             seen,
             rounds=None if plan.landmarks else state.server_round,
+            asked=plan.sites_per_round,
             waiting_since=waiting_since,
         ),
         patient_is=site.patient_is if site else "unknown",
@@ -185,8 +186,20 @@ def _participation(
     )
 
 
-def _story(site: Prepared | None, seen: Attendance, *, rounds: int | None, waiting_since: str | None) -> str:
-    """Returns one line that a coordinator can read out; ``rounds`` is None where landmarks were asked for."""
+def _story(
+    site: Prepared | None,
+    seen: Attendance,
+    *,
+    rounds: int | None,
+    asked: int | None,
+    waiting_since: str | None,
+) -> str:
+    """Returns one line that a coordinator can read out.
+
+    Args:
+        rounds: None where landmarks were asked for.
+        asked: ``plan.sites_per_round``.
+    """
     if site is None:
         return "answered, but never said who it is"
     if site.status == "waiting":
@@ -203,6 +216,7 @@ def _story(site: Prepared | None, seen: Attendance, *, rounds: int | None, waiti
         told = f"evaluated {len(seen.evaluations)} times, did not train"
     else:
         told = f"trained {seen.valid} of {rounds} rounds"
+        told += f", each of which asks {asked} sites" if asked is not None else ""
     if site.status == REVOKED:
         told = f"revoked by the coordinator; before, it {told}"
     problems = [f"{count} x {code}" for code, count in sorted(seen.problems.items()) if code != REVOKED]

@@ -4,26 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from multiprocessing.context import BaseContext
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 
 from client.site import Site
-from client.worker import Worker, forkserver
+from client.worker import WORKER_DIED, Worker
 from common import flower
 from common.plan import Plan
 from server.app import app as server_app
+from simulations.workers import Workers
 
 RUN_ID = 1
 _WAIT_SECONDS = 0.05
+_MOST_DEATHS = 3
+"""Workers that a task may cost, one that needs too much memory above all; then its site has failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +40,13 @@ class LocalGrid(Grid):  # type: ignore[misc]
     """The sites of this machine, behind the interface that a deployed ServerApp sees.
 
     A task goes to the worker that had its site before, which has the cohort open; an idle worker takes
-    what another has waiting. Results do not depend on which worker does a task.
+    what another has waiting. Results do not depend on which worker does a task. A task whose worker died is
+    done again by a new one: the site knows it by its identity, and charges nothing twice.
 
     Args:
         sites: names and directories of the sites.
         run_config: what ``flwr run`` would pass on: ``plan`` and ``run``.
-        workers: number of worker processes, started when first needed.
-        context: how processes start; ``client.worker.forkserver``.
+        workers: idle ones; they are not ended here.
     """
 
     def __init__(
@@ -52,10 +54,7 @@ class LocalGrid(Grid):  # type: ignore[misc]
         sites: Sequence[tuple[str, Path]],
         *,
         run_config: dict[str, str],
-        workers: int,
-        context: BaseContext,
-        threads: int = 1,
-        log: Path | None = None,
+        workers: Sequence[Worker],
     ) -> None:
         flower.set_identity(RUN_ID, node_id=1)
         self._nodes = {number: Node(node_id=number, name=name) for number, (name, _) in enumerate(sites, 2)}
@@ -69,21 +68,11 @@ class LocalGrid(Grid):  # type: ignore[misc]
             )
             for number, (_, path) in enumerate(sites, 2)
         }
-        count = max(1, min(workers, len(sites)))
-        self._workers = [Worker(context=context, threads=threads, log=log) for _ in range(count)]
+        self._workers = workers
         self._queues: list[deque[Message]] = [deque() for _ in self._workers]
-        self._doing: list[str | None] = [None] * count
+        self._doing: list[Message | None] = [None] * len(workers)
+        self._deaths: Counter[str] = Counter()
         self._replies: dict[str, Message] = {}
-        self._waiting: set[str] = set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for worker in self._workers:
-            worker.close()
 
     def set_run(self, run: Any) -> None:
         """Nothing to set: a LocalGrid belongs to one run."""
@@ -110,7 +99,6 @@ class LocalGrid(Grid):  # type: ignore[misc]
         ids = []
         for message in messages:
             ids.append(flower.assign_id(message))
-            self._waiting.add(ids[-1])
             node = message.metadata.dst_node_id
             self._queues[(node - 2) % len(self._workers)].append(message)
         self._start_idle()
@@ -119,9 +107,9 @@ class LocalGrid(Grid):  # type: ignore[misc]
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Returns the replies that are there; waits a moment where nothing is."""
         wanted = list(message_ids)
-        self._collect(0.0)
-        if not self._replies and any(message_id in self._waiting for message_id in wanted):
-            self._collect(_WAIT_SECONDS)
+        begun = {message.metadata.message_id for message in self._doing if message is not None}
+        if not begun.isdisjoint(wanted):  # what nobody has begun cannot be there
+            self._collect(0.0 if self._replies else _WAIT_SECONDS)
         return [self._replies.pop(message_id) for message_id in wanted if message_id in self._replies]
 
     def send_and_receive(
@@ -141,7 +129,7 @@ class LocalGrid(Grid):  # type: ignore[misc]
             if self._doing[number] is None:
                 message = self._next(number)
                 if message is not None:
-                    self._doing[number] = message.metadata.message_id
+                    self._doing[number] = message
                     worker.start(message, self._contexts[message.metadata.dst_node_id])
 
     def _next(self, number: int) -> Message | None:
@@ -157,20 +145,32 @@ class LocalGrid(Grid):  # type: ignore[misc]
             return
         ready = {busy[thing] for thing in wait(list(busy), timeout=seconds)}
         for number in sorted(ready):
-            message_id = self._doing[number]
-            assert message_id is not None
-            self._replies[message_id] = self._workers[number].finish()
-            self._waiting.discard(message_id)
-            self._doing[number] = None
+            message = self._doing[number]
+            assert message is not None
+            reply, self._doing[number] = self._workers[number].finish(), None
+            message_id = message.metadata.message_id
+            has_died = reply.has_error() and reply.error.reason == WORKER_DIED
+            self._deaths[message_id] += has_died
+            if has_died and self._deaths[message_id] < _MOST_DEATHS:
+                self._queues[number].appendleft(message)
+            else:
+                self._replies[message_id] = reply
         if ready:
             self._start_idle()
 
     def _busy(self) -> list[int]:
-        return [number for number, message_id in enumerate(self._doing) if message_id is not None]
+        return [number for number, message in enumerate(self._doing) if message is not None]
 
 
 def run(
-    plan: Plan, sites: Sequence[Site], *, run: str, name: str, workers: int | None, directory: Path
+    plan: Plan,
+    sites: Sequence[Site],
+    *,
+    run: str,
+    name: str,
+    workers: int | None,
+    directory: Path,
+    pool: Workers | None = None,
 ) -> None:
     """Runs a plan over sites with the unchanged apps.
 
@@ -178,7 +178,8 @@ def run(
         run: our id of the run.
         name: ``local`` or ``flower``.
         workers: processes; None for one per processor core.
-        directory: the run directory; the sites' log goes to ``sites.log`` in it.
+        directory: the run directory.
+        pool: processes that stay for other runs; None: of this run alone, their log in ``directory``.
 
     Raises:
         RunError: the run stopped early.
@@ -190,13 +191,12 @@ def run(
 
         run_on_ray(sites, run_config=run_config, workers=count, directory=directory)
         return
-    with LocalGrid(
-        [(site.name, site.directory) for site in sites],
-        run_config=run_config,
-        workers=count,
-        context=forkserver(),
-        log=directory / "sites.log",
-    ) as grid:
+    with nullcontext(pool) if pool is not None else Workers(log=directory / "sites.log") as processes:
+        grid = LocalGrid(
+            [(site.name, site.directory) for site in sites],
+            run_config=run_config,
+            workers=processes.take(max(1, min(count, len(sites)))),
+        )
         context = Context(
             run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config)
         )

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +135,27 @@ def _make(
 def _write_all(directory: Path, *, source: WrittenSource, num_workers: int | None) -> None:
     names = source.names()
     num_workers = min(num_workers or len(os.sched_getaffinity(0)), len(names))
-    write = partial(_write_one, directory, source)
     if num_workers == 1:
         for name in names:
-            write(name)
+            source.write(directory / name, name=name)
         return
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(write, names))
+    # Each process reads what it needs itself: once, and not with every site.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        num_workers, mp_context=context, initializer=_begin, initargs=(directory, replace(source))
+    ) as pool:
+        list(pool.map(_write_one, names, chunksize=_CHUNK))
 
 
-def _write_one(directory: Path, source: WrittenSource, name: str) -> None:
+_CHUNK = 4  # sites that a process takes at a time; they differ in size
+_begun: list[tuple[Path, WrittenSource]] = []
+"""Where a process of the pool writes, and from what."""
+
+
+def _begin(directory: Path, source: WrittenSource) -> None:
+    _begun[:] = [(directory, source)]
+
+
+def _write_one(name: str) -> None:
+    ((directory, source),) = _begun
     source.write(directory / name, name=name)

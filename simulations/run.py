@@ -9,11 +9,12 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from common.command import exit_code
 from common.config import explained, plain, plan_of
-from common.plan import NoPrivacy, Plan
+from simulations.carrier import Carrier
 
 COMMAND = "feverfew-simulate"
 
@@ -27,8 +28,14 @@ def main() -> None:
 
 
 def _run() -> int:
-    _simulate()
+    global _carrier
+    with Carrier(command=COMMAND) as _carrier:
+        _simulate()
     return 0
+
+
+_carrier: Carrier | None = None
+"""What carries the runs of this command; Hydra calls with nothing but a config."""
 
 
 @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="simulation")
@@ -40,7 +47,7 @@ def _simulate(config: DictConfig) -> None:
 
 def _job(config: DictConfig) -> int:
     from simulations.hospitals import prepare_sites  # after Hydra's own exits, such as --help
-    from simulations.settings import num_sites, require_own_state, settings_of, source_of
+    from simulations.settings import num_sites, require_own_state, require_resumable, settings_of, source_of
 
     tree = plain(config)
     settings, source = settings_of(tree), source_of(tree["data"])
@@ -49,6 +56,7 @@ def _job(config: DictConfig) -> int:
         tree["plan"]["sites"] = num_sites(source)
     plan = plan_of(tree)
     directory = Path(HydraConfig.get().runtime.output_dir)
+    require_resumable(settings, directory=directory)
     if settings.attack is not None:
         from simulations import attack  # torch takes seconds: not for a typing error
 
@@ -57,20 +65,14 @@ def _job(config: DictConfig) -> int:
         found = attack.run(plan, sites, attack=settings.attack, directory=directory)
         attack.show(found, directory=directory)
         return 0
-    _start_workers_early(plan)
-    from simulations.simulation import show, simulate  # the same
-
+    assert _carrier is not None
+    _carrier.prepare(plan)
     sites = prepare_sites(Path(settings.sites_directory), source=source)
-    show(simulate(plan, sites, settings=settings, directory=directory), directory=directory)
-    return 0
+    return _carrier.run(plan, sites, settings=settings, directory=directory, log=_log(directory))
 
 
-def _start_workers_early(plan: Plan) -> None:
-    """Lets the fork server import what workers need while this process imports its own half."""
-    from multiprocessing import forkserver as server
-
-    from client.worker import forkserver
-
-    private = [] if isinstance(plan.privacy, NoPrivacy) else ["client.clipping"]
-    forkserver(preload=["client.app", *private])
-    server.ensure_running()
+def _log(directory: Path) -> Path:
+    """Returns where the workers write: those of a sweep stay for all its runs."""
+    hydra = HydraConfig.get()
+    place = Path(hydra.sweep.dir).absolute() if hydra.mode is RunMode.MULTIRUN else directory
+    return place / "sites.log"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from common.errors import ConfigError
+from common.trail import FILE
 from common.value import Value, first_problem
 from simulations.hospitals import DirectorySource, ListedSource, MedMnistSource, PhantomSource, Source
 from simulations.phantom import CLASS_NAMES
@@ -114,6 +116,18 @@ def source_of(data: Mapping[str, Any]) -> Source:
 def num_sites(source: Source) -> int:
     """Returns the number of sites of a source."""
     return len(source.sites()) if isinstance(source, DirectorySource) else len(source.names())
+
+
+def require_resumable(settings: Settings, *, directory: Path) -> None:
+    """Checks that the folder of the run has one, where it is to go on.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    if settings.resume and not (directory / FILE).exists():
+        raise ConfigError(
+            f"Expected a run to resume in {directory}, found none; name its folder with hydra.run.dir=..."
+        )
 
 
 def require_own_state(settings: Settings, source: Source) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +17,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from client import frozen
-from client.cohort import open_cohort
+from client import frozen, tally
+from client.approval import plans_path
 from client.release import claim_path, head_path, open_ledger
 from client.site import Site, open_site
 from client.trail import head_path as trail_head_path
@@ -31,35 +35,43 @@ from server.progress import Progress
 from server.report import Report
 from server.summary import summary_table
 from simulations import engine
-from simulations.settings import Settings
+from simulations.settings import Settings, require_resumable
 from simulations.watch import Watch
+from simulations.workers import Workers
 
 
-def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory: Path) -> Report:
+def simulate(
+    plan: Plan, sites: Sequence[Path], *, settings: Settings, directory: Path, pool: Workers | None = None
+) -> Report:
     """Runs a plan over site directories and returns the completed report, which is also written.
+
+    Args:
+        pool: processes that stay for other runs; None: of this run alone.
 
     Raises:
         ConfigError: ``resume`` without a run to resume; a privacy target that cannot be reached.
         DataError: a site's case table cannot be used.
         QuorumNotReached: the run stopped early; what is left of it is written.
     """
+    require_resumable(settings, directory=directory)
     directory.mkdir(parents=True, exist_ok=True)
     opened = [open_site(path) for path in sites]
     for site in opened:
         _require_usable(site, plan)
     run = run_id(directory, resume=settings.resume)
     heads = Path(settings.sites_directory).resolve() / ".heads"
-    with _locked(sites):
+    with _locked(sites), ExitStack() as stack:
         if settings.state == "empty" and not settings.resume:
-            forget(opened, heads=heads)
+            stack.enter_context(forgotten(opened, heads=heads))
         heads.mkdir(parents=True, exist_ok=True)
         os.environ["FEVERFEW_RUN_DIRECTORY"] = str(directory)
         os.environ["FEVERFEW_HEADS_DIRECTORY"] = str(heads)
         os.environ["FEVERFEW_TRAIL_KEY"] = str(heads / "trail.key")
         os.environ["FEVERFEW_ENGINE"] = settings.engine.name
         console = Console(stderr=True)
+        directories = {site.name: site.directory for site in opened}
         progress = Progress(num_rounds=plan.rounds, console=console)
-        with Watch(progress, events=directory / "events.jsonl", sites=sites):
+        with Watch(progress, events=directory / "events.jsonl", sites=directories):
             engine.run(
                 plan,
                 opened,
@@ -67,21 +79,33 @@ def simulate(plan: Plan, sites: Sequence[Path], *, settings: Settings, directory
                 name=settings.engine.name,
                 workers=settings.engine.workers,
                 directory=directory,
+                pool=pool,
             )
-        report = completed(Report.read(directory), opened, plan=plan, run=run)
+        report = completed(Report.read(directory), opened, run=run)
     report.write(directory)
     return report
 
 
-def forget(sites: Sequence[Site], *, heads: Path) -> None:
-    """Deletes what sites and coordinator know of earlier runs: the sites' ledgers begin anew."""
+@contextmanager
+def forgotten(sites: Sequence[Site], *, heads: Path) -> Iterator[None]:
+    """Takes away what sites and coordinator know of earlier runs, so that the sites' ledgers begin anew.
+
+    It is put aside at once and deleted meanwhile, since that takes long where there are many sites; what is
+    left of it at the end of a process that was killed goes the next time.
+    """
+    known = [heads]
     for site in sites:
-        shutil.rmtree(site.state, ignore_errors=True)
-        shutil.rmtree(site.runs, ignore_errors=True)
-        head_path(site).unlink(missing_ok=True)
-        claim_path(site).unlink(missing_ok=True)
-        trail_head_path(site).unlink(missing_ok=True)
-    shutil.rmtree(heads, ignore_errors=True)
+        known += [site.state, site.runs, plans_path(site)]
+        known += [head_path(site), claim_path(site), trail_head_path(site)]
+    place = heads.with_name(".forgotten")
+    place.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=place))
+    for number, path in enumerate(known):
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(aside / str(number))
+    with ThreadPoolExecutor(1) as deleting:
+        deleting.submit(shutil.rmtree, place, ignore_errors=True)
+        yield
 
 
 def _require_usable(site: Site, plan: Plan) -> None:
@@ -101,26 +125,22 @@ def show(report: Report, *, directory: Path) -> None:
 
 
 def run_id(directory: Path, *, resume: bool) -> str:
-    """Returns a new id, or that of the run to go on with."""
+    """Returns a new id, or that of the run to go on with; ``require_resumable`` says whether there is one."""
     events = directory / "events.jsonl"
     if not resume:
         name = "".join(char if char.isalnum() else "-" for char in directory.name.lower())
         return f"{name[:40].strip('-')}-{secrets.token_hex(4)}"
-    if not events.exists():
-        raise ConfigError(
-            f"Expected a run to resume in {directory}, found none; name its folder with hydra.run.dir=..."
-        )
     return next(str(event["run"]) for event in read(events) if event["event"] == "run_started")
 
 
-def completed(report: Report, sites: Sequence[Site], *, plan: Plan, run: str) -> Report:
+def completed(report: Report, sites: Sequence[Site], *, run: str) -> Report:
     """Returns the report with what only the sites' own files tell: exact scores, totals, counts."""
     exact = {site.name: scores for site in sites if (scores := _exact_scores(site, run)) is not None}
     tested = {name: scores for name, scores in exact.items() if name in report.final.per_site}
     known = [site for site in sites if site.name in report.participation]
     return report.with_exact(tested).with_site_facts(
         privacy={site.name: _budget(site, report) for site in known if site.name in report.privacy.per_site},
-        participation={site.name: _counts(site, plan) for site in known},
+        participation={site.name: _counts(site, run) for site in known},
     )
 
 
@@ -140,22 +160,26 @@ def _budget(site: Site, report: Report) -> dict[str, Any]:
         return {"budget": site.settings.max_epsilon, "total_epsilon": ledger.spent().value}
 
 
-def _counts(site: Site, plan: Plan) -> dict[str, Any]:
-    cohort = open_cohort(site, asked=plan.asked)
-    quarantined = sum(cohort.reasons.values())
+def _counts(site: Site, run: str) -> dict[str, Any]:
+    """Returns what the site's tasks found and wrote down; nothing of a site that did none."""
+    found = tally.last(site, run=run)
+    if found is None:
+        return {}
     return {
-        "offered": cohort.offered,
-        "used": cohort.used,
-        "quarantined": quarantined,
-        "reasons": dict(cohort.reasons),
+        "offered": found.offered,
+        "used": found.used,
+        "quarantined": sum(found.quarantined.values()),
+        "reasons": found.quarantined,
     }
 
 
 class _locked:
-    """Holds every site's lock: two simulations never share a site."""
+    """Holds a lock in the folder that the sites are in, however many they are: two simulations never share
+    a site."""
 
     def __init__(self, sites: Sequence[Path]) -> None:
-        self._locks = [FileLock(path / ".lock") for path in sites]
+        folders = sorted({path.resolve().parent for path in sites})
+        self._locks = [FileLock(folder / ".lock") for folder in folders]
 
     def __enter__(self) -> None:
         try:

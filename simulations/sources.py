@@ -147,8 +147,9 @@ class MedMnistSource:
         Raises:
             DataError: there is no such file, or it cannot be used.
         """
-        _ = self._parts
-        content = hashlib.sha256(self.file.read_bytes()).hexdigest()
+        _ = replace(self)._parts  # of a copy, which goes: whoever only compares has no use for the images
+        with self.file.open("rb") as stream:
+            content = hashlib.file_digest(stream, "sha256").hexdigest()
         return {"source": "medmnist", "version": VERSION, **asdict(self), "file": content}
 
     def write(self, directory: Path, *, name: str) -> None:
@@ -177,11 +178,20 @@ class MedMnistSource:
         return medmnist.read(self.file, num_classes=len(self.class_names))
 
     def _training_cases(self, index: int) -> medmnist.Part:
+        offered, chosen = self._offered, self._division[index]
+        return medmnist.Part(images=offered.images[chosen], labels=offered.labels[chosen])
+
+    @cached_property
+    def _offered(self) -> medmnist.Part:
         parts = [self._parts["train"], self._parts["val"]]
-        images = np.concatenate([part.images for part in parts])
-        labels = np.concatenate([part.labels for part in parts])
-        chosen = self.divided(labels)[index]
-        return medmnist.Part(images=images[chosen], labels=labels[chosen])
+        return medmnist.Part(
+            images=np.concatenate([part.images for part in parts]),
+            labels=np.concatenate([part.labels for part in parts]),
+        )
+
+    @cached_property
+    def _division(self) -> list[NDArray[np.int64]]:
+        return self.divided(self._offered.labels)
 
     def divided(self, labels: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Returns the cases of each training site.

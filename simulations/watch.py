@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,12 +16,18 @@ _LOOK_SECONDS = 0.2
 
 
 class Watch:
-    """A thread that feeds a progress bar from files; it changes nothing of the run."""
+    """A thread that feeds a progress bar from files; it changes nothing of the run.
 
-    def __init__(self, progress: Progress, *, events: Path, sites: Sequence[Path]) -> None:
+    Args:
+        events: the trail of the run.
+        sites: directories by name; only those that are asked in a round are looked at.
+    """
+
+    def __init__(self, progress: Progress, *, events: Path, sites: Mapping[str, Path]) -> None:
         self._progress = progress
         self._events = events
         self._sites = sites
+        self._asked: list[Path] = []
         self._offset = events.stat().st_size if events.exists() else 0
         self._round = 0
         self._over = threading.Event()
@@ -48,6 +54,7 @@ class Watch:
         for event in self._new_events():
             if event["event"] == "round_started":
                 self._round = int(event["round"])
+                self._asked = [self._sites[name] for name in event.get("asked", ()) if name in self._sites]
             self._progress.show(event)
         self._progress.show_steps(*self._steps())
 
@@ -61,9 +68,9 @@ class Watch:
         return [event for line in whole.splitlines() if (event := parse(line)) is not None]
 
     def _steps(self) -> tuple[int, int]:
-        """Returns steps done and to do in the present round, over all sites that have begun it."""
+        """Returns steps done and to do in the present round, over the sites that have begun it."""
         done = total = 0
-        for site in self._sites:
+        for site in self._asked:
             try:
                 told = json.loads((site / "state" / "progress.json").read_text(encoding="utf-8"))
             except (OSError, ValueError):  # not begun, or being written

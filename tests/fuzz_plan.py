@@ -10,7 +10,7 @@ SEEDS = [
     plan().to_json().encode(),
     plan(model="unet", preprocessing="volume32", privacy="none", classes=("a", "b")).to_json().encode(),
     plan(model="article_cnn", preprocessing="rgb64", training="augmented").to_json().encode(),
-    b'{"schema_version":2}',
+    b'{"schema_version":3}',
     b"[" * 20_000,
     b'{"rounds":' + b"9" * 5000 + b"}",
     b'{"classes":["\\ud800","b"]}',

@@ -133,7 +133,10 @@ def test_every_model_composes_into_a_plan(model: str) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_no_module_works_at_import_time(path: Path) -> None:
-    """Top-level statements define; none opens files, starts processes or threads, or prints."""
+    """Top-level statements define; none opens files, starts processes or threads, or prints. One module is
+    imported for what it does, by the process from which others are forked."""
+    if name_of(path) == "client/preloaded.py":
+        return
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             pytest.fail(f"{name_of(path)}:{node.lineno} calls {ast.unparse(node.value.func)}")

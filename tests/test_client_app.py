@@ -446,7 +446,7 @@ def test_plan_that_this_version_cannot_read_is_incompatible(site: Site) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ['{"schema_version": 3}', "not JSON", '{"from_the_future": 1}', "[" * 100_000, ""]
+    "text", ['{"schema_version": 4}', "not JSON", '{"from_the_future": 1}', "[" * 100_000, ""]
 )
 def test_site_that_cannot_read_a_plan_answers_incompatible_with_its_version(site: Site, text: str) -> None:
     asked = private_plan()

@@ -49,7 +49,7 @@ def test_condition_holds_exactly_where_it_says(
 
 
 def test_models_are_those_of_plans() -> None:
-    assert {"cnn", "article_cnn", "densenet121", "efficientnet_b0", "unet"} == MODELS
+    assert {"cnn", "linear", "article_cnn", "densenet121", "efficientnet_b0", "unet"} == MODELS
 
 
 @pytest.mark.parametrize(

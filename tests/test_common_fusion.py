@@ -17,7 +17,7 @@ AGE = {"name": "age", "kind": "number", "mean": 50, "std": 20}
 SEX = {"name": "sex", "kind": "category", "values": ["f", "m"]}
 
 
-@pytest.mark.parametrize("name", ["cnn", "densenet121", "efficientnet_b0"])
+@pytest.mark.parametrize("name", ["cnn", "linear", "densenet121", "efficientnet_b0"])
 def test_clinical_values_are_joined_before_the_head_of_every_network(name: str) -> None:
     asked = plan(model=name, preprocessing__size=(32, 32), clinical=[AGE, SEX], classes=("a", "b", "c"))
     network = model.build(asked)

@@ -26,6 +26,11 @@ ASKED: dict[str, Any] = {
 WEIRD = st.floats(allow_nan=True, allow_infinity=True) | st.floats(0, 1)
 
 
+def test_landmarks_are_asked_of_every_site() -> None:
+    with pytest.raises(ConfigError, match="asks every site once"):
+        asking(sites=4, sites_per_round=2)
+
+
 def asking(**changes: Any) -> Plan:
     return plan(**(ASKED | changes))
 

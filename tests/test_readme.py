@@ -115,7 +115,7 @@ def test_every_simulation_composes(words: list[str]) -> None:
         overrides = [f"{key}={value}" for (key, _), value in zip(sweeps, chosen, strict=True)]
         own = [override for override in overrides if not override.startswith("hydra.")]
         with initialize_config_module("conf", version_base="1.3"):
-            tree = plain(compose("simulation", overrides=[*own, "plan.sites=4"]))
+            tree = plain(compose("simulation", overrides=[*own, "plan.sites=200"]))
         assert plan_of(tree).hash and settings_of(tree) and source_of(tree["data"])
 
 

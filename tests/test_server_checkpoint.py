@@ -159,7 +159,7 @@ def resaved(directory: Path, **changed: object) -> None:
 
 def test_a_state_from_before_schemas_were_noted_is_read(tmp_path: Path) -> None:
     checkpoint.save_state(tmp_path, state())
-    resaved(tmp_path, schema=None)
+    resaved(tmp_path, schema=None, turns=None, turns_key=None)
     found = saved(tmp_path)
     assert found is not None and found.server_round == 3
 

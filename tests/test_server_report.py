@@ -47,7 +47,7 @@ DP_SGD = {
 
 def plan(*, rounds, sites, privacy):
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "target": "class",
         "clinical": [],
         "study": "chest-opacity",

@@ -1,0 +1,144 @@
+"""Logistic regression over very many sites: beside Flower's engine, and with 10, 100 and 1,000 sites.
+
+Run with ``python -m benchmarks.many_sites``. 784 inputs, 10 classes, 60 patients a site (one case each), 10
+sites asked a round, 6 local steps (one pass) with 10 patients expected in each, 100 rounds, no privacy. The
+data are random; sites are written and their images decoded before, by a run that is not timed. Whole
+processes are timed, imports and report included; what both engines do for a round (charge, trail, reply on
+disk) is the same files. Memory is the peak of all processes together, as PSS (``benchmarks/tree.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.tree import Cost, measured
+
+COMMAND = str(Path(sys.executable).with_name("feverfew-simulate"))
+CLASSES = [f"c{number}" for number in range(10)]
+CASES_PER_SITE = 60
+PLAN = [
+    "data=medmnist",
+    f"data.classes=[{','.join(CLASSES)}]",
+    "data.partition=iid",
+    "data.min_cases=1",
+    "data.evaluation_site=false",
+    "preprocessing=grey28",
+    "preprocessing.steps=[{name: window, lower: 0, upper: 255}, {name: resize}]",
+    "model=linear",
+    "privacy=none",
+    "plan.sites_per_round=10",
+    "plan.quorum=10",
+    "plan.randomness=seeded",
+    "plan.evaluation.validation_every=0",
+    "plan.evaluation.test_at_end=false",
+    "training.expected_batch=10",
+    "training.local_steps=6",
+    "training.learning_rate=0.05",
+]
+
+
+def write_data(file: Path, *, num_sites: int, seed: int = 0) -> None:
+    """Writes a file in the form of MedMNIST's: classes that differ in their mean image."""
+    rng = np.random.default_rng(seed)
+    means = rng.integers(0, 256, (len(CLASSES), 28, 28))
+    arrays = {}
+    sizes = {"train": num_sites * CASES_PER_SITE - len(CLASSES), "val": len(CLASSES), "test": len(CLASSES)}
+    for name, size in sizes.items():
+        labels = rng.integers(0, len(CLASSES), size)
+        images = means[labels] * 0.4 + rng.normal(64, 60, (size, 28, 28))
+        arrays[f"{name}_images"] = np.clip(images, 0, 255).astype(np.uint8)
+        arrays[f"{name}_labels"] = labels[:, None]
+    np.savez(file, **arrays)
+
+
+class Federation:
+    """So many sites in a folder, written and decoded; a run of it is a process of its own."""
+
+    def __init__(self, place: Path, *, num_sites: int, rounds: int) -> None:
+        self._place = place
+        self._own = [f"data.file={place / f'{num_sites}.npz'}", f"data.num_sites={num_sites}"]
+        self._own += [f"plan.rounds={rounds}", f"experiment.name=sites-{num_sites}"]
+        write_data(place / f"{num_sites}.npz", num_sites=num_sites)
+        self.run("plan.rounds=1")
+
+    def run(self, *overrides: str) -> Cost:
+        """Returns the cost of a run; its files are in the newest folder of ``runs``."""
+        return measured([COMMAND, *PLAN, *self._own, *overrides], cwd=self._place)
+
+    def round_seconds(self) -> float:
+        """Returns the median time of a round of the newest run, the pause to the next included."""
+        events = max(self._place.glob("runs/*/events.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+        told = [json.loads(line) for line in events.read_text(encoding="utf-8").splitlines()]
+        times = [np.datetime64(one["time"][:-6]) for one in told if one["event"] == "round_started"]
+        return float(np.median(np.diff(times)) / np.timedelta64(1, "s"))
+
+
+def shown(values: Sequence[float]) -> str:
+    """Returns median, least and greatest.
+
+    >>> shown([3.0, 1.0, 2.0])
+    '2.00 (1.00 to 3.00)'
+    """
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def engines(place: Path, *, num_sites: int, rounds: int, runs: int) -> None:
+    """Prints the wall time and memory of each engine, and the ratio of paired runs."""
+    federation = Federation(place, num_sites=num_sites, rounds=rounds)
+    local, flower = [], []
+    for _ in range(runs):
+        local.append(federation.run())
+        flower.append(federation.run("engine=flower"))
+    for name, costs in (("local", local), ("flower", flower)):
+        print(
+            f"{name:>6}, {num_sites} sites, {rounds} rounds: {shown([one.seconds for one in costs])} s, "
+            f"{shown([one.megabytes for one in costs])} MB in {costs[0].processes} processes"
+        )
+    ratios = [theirs.seconds / ours.seconds for ours, theirs in zip(local, flower, strict=True)]
+    print(f"flower / local: {shown(ratios)}", flush=True)
+
+
+def sizes(place: Path, *, rounds: int, runs: int, numbers: Sequence[int]) -> None:
+    """Prints time of a round and peak memory by number of sites, and the ratios to the fewest."""
+    federations = {n: Federation(place, num_sites=n, rounds=rounds) for n in numbers}
+    found: dict[int, list[tuple[float, float]]] = {number: [] for number in numbers}
+    for _ in range(runs):
+        for number, federation in federations.items():
+            cost = federation.run()
+            found[number].append((federation.round_seconds(), cost.megabytes))
+    for number in numbers:
+        pairs = list(zip(found[number], found[numbers[0]], strict=True))
+        print(
+            f"{number:>5} sites: {shown([1e3 * seconds for seconds, _ in found[number]])} ms a round, "
+            f"{shown([size for _, size in found[number]])} MB; to {numbers[0]} sites "
+            f"{shown([ours[0] / least[0] for ours, least in pairs])} of the time, "
+            f"{shown([ours[1] / least[1] for ours, least in pairs])} of the memory",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Prints both comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--sites", type=int, nargs="+", default=[10, 100, 1000])
+    parser.add_argument("--part", choices=("both", "engines", "sizes"), default="both")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        if asked.part != "engines":
+            sizes(Path(place), rounds=asked.rounds, runs=asked.runs, numbers=asked.sites)
+        if asked.part != "sizes":
+            engines(Path(place), num_sites=asked.sites[-1], rounds=asked.rounds, runs=asked.runs)
+
+
+if __name__ == "__main__":
+    main()

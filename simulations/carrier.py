@@ -1,0 +1,147 @@
+"""The process that carries the runs of a simulation: the coordinator's half, and the owner of the workers.
+
+It and the workers are forked from one process that has imported what all of them need: it is imported once,
+and is in memory once. What was typed is checked before, in a process that imports little.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import threading
+import traceback
+from collections.abc import Sequence
+from multiprocessing import forkserver as server
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from client import crew
+from client.worker import forkserver
+from common.command import exit_code
+from common.errors import RunError
+from common.plan import NoPrivacy, Plan
+from simulations.settings import Settings
+
+if TYPE_CHECKING:  # what takes long to import is imported in the process that all others are forked from
+    from simulations.workers import Workers
+
+# pyarrow has a pool of threads, which it makes anew after a fork; no work has been given to it before.
+_SHARED = ("simulations.simulation", "client.app", "pyarrow.parquet")
+
+
+class Carrier:
+    """One process for the runs of a command, started with the first.
+
+    Args:
+        command: named in messages.
+    """
+
+    def __init__(self, *, command: str) -> None:
+        self._command = command
+        self._process: Any = None
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._connection is not None:
+            self._connection.close()  # it reads the end, ends the workers and leaves
+            self._process.join()
+
+    def prepare(self, plan: Plan) -> None:
+        """Lets what runs of such plans need be imported while this process does something else."""
+        private = () if isinstance(plan.privacy, NoPrivacy) else ("client.clipping",)
+        forkserver(preload=[*_SHARED, *private, "client.preloaded"])
+        server.ensure_running()
+
+    def run(
+        self, plan: Plan, sites: Sequence[Path], *, settings: Settings, directory: Path, log: Path
+    ) -> int:
+        """Runs a plan over site directories, see ``simulations.simulation.simulate``, and prints its end.
+
+        Args:
+            log: the log of the workers; runs with the same log share them.
+
+        Returns:
+            The exit code, after the message where something went wrong.
+
+        Raises:
+            RunError: the process was killed.
+        """
+        if self._connection is None:
+            self._begin()
+        assert self._connection is not None
+        told = {
+            "plan": plan.to_json(),
+            "sites": [str(path) for path in sites],
+            "settings": settings.model_dump(mode="json"),
+            "directory": str(directory),
+            "log": str(log),
+        }
+        try:
+            self._connection.send_bytes(json.dumps(told).encode())
+            return int(self._connection.recv_bytes())
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise RunError(
+                f"Expected the run to end by itself, found its process killed; go on with resume=true "
+                f"hydra.run.dir={directory}"
+            ) from None
+
+    def _begin(self) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        context: Any = multiprocessing.get_context("forkserver")
+        self._process = context.Process(target=_serve, args=(theirs, self._command))
+        self._process.start()
+        theirs.close()
+
+
+def _serve(connection: Connection, command: str) -> None:
+    """Main function of the process."""
+    threading.Thread(target=crew.die_with_parent, daemon=True).start()
+    _share_the_fork_server()
+    pools: dict[str, Workers] = {}
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        while True:
+            told = json.loads(connection.recv_bytes())
+            try:
+                code = exit_code(lambda told=told: _run(told, pools), command=command)  # type: ignore[misc]
+            except Exception:  # a defect: the person sees where, and the command ends as after any error
+                traceback.print_exc()
+                code = 1
+            connection.send_bytes(str(code).encode())
+    for pool in pools.values():
+        pool.close()
+
+
+def _share_the_fork_server() -> None:
+    """Lets the workers come from the process that this one comes from.
+
+    The documentation of ``ensure_running`` promises it, but what Python does is to look for the server's
+    process id, which a child does not know, and to start another that has imported nothing.
+    """
+    ours: Any = server._forkserver
+    if ours._forkserver_address is not None:
+        ours.ensure_running = lambda: None
+
+
+def _run(told: dict[str, Any], pools: dict[str, Workers]) -> int:
+    from simulations.simulation import show, simulate
+    from simulations.workers import Workers
+
+    pool = pools.setdefault(told["log"], Workers(log=Path(told["log"])))
+    directory = Path(told["directory"])
+    report = simulate(
+        Plan.from_json(told["plan"]),
+        [Path(path) for path in told["sites"]],
+        settings=Settings.model_validate(told["settings"]),
+        directory=directory,
+        pool=pool,
+    )
+    show(report, directory=directory)
+    return 0

@@ -1,0 +1,221 @@
+"""Many sites, few of them asked in a round: the same bits for any number of workers, whatever dies, and work
+and memory of those that are asked."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Message, RecordDict
+
+from client.opened import OpenCohorts
+from client.site import open_site
+from client.worker import WORKER_DIED, forkserver
+from common import flower
+from common.trail import read
+from server.report import Report
+from simulations import engine
+from simulations.settings import Engine, Experiment, Settings
+from simulations.simulation import simulate
+from simulations.workers import Workers
+from tests.plans import TINY, plan
+from tests.sites import write_site
+
+NUM_SITES = 30
+forkserver(preload=["client.app"])  # as feverfew-simulate does
+ASKED = plan(
+    **{name: value for name, value in TINY.items() if not name.startswith("model")},
+    model="linear",
+    privacy="none",
+    randomness="seeded",
+    sites=NUM_SITES,
+    sites_per_round=3,
+    quorum=3,
+    rounds=4,
+    training__local_steps=1,
+    evaluation__validation_every=0,
+    evaluation__test_at_end=False,
+)
+
+
+@pytest.fixture(scope="module")
+def sites(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    place = tmp_path_factory.mktemp("many") / "sites"
+    names = [f"site-{number:02d}" for number in range(NUM_SITES)]
+    for name in names:
+        write_site(
+            place / name,
+            name=name,
+            num_patients=3,
+            cases_per_patient=1,
+            size=8,
+            unsafe_allow_seeded_noise=True,
+            split={"train": 1.0, "validation": 0.0, "test": 0.0},
+        )
+    return [place / name for name in names]
+
+
+def settings(sites: list[Path], *, workers: int) -> Settings:
+    return Settings(
+        engine=Engine(name="local", workers=workers),
+        experiment=Experiment(name="many"),
+        sites_directory=str(sites[0].parent),
+        state="empty",
+        resume=False,
+        attack=None,
+    )
+
+
+def run(sites: list[Path], directory: Path, *, workers: int, pool: Workers | None = None) -> Report:
+    return simulate(ASKED, sites, settings=settings(sites, workers=workers), directory=directory, pool=pool)
+
+
+def model_of(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
+def asked(directory: Path) -> list[list[str]]:
+    return [event["asked"] for event in read(directory / "events.jsonl") if event["event"] == "round_started"]
+
+
+@pytest.fixture(scope="module")
+def alone(sites: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with one worker."""
+    directory = tmp_path_factory.mktemp("alone")
+    run(sites, directory, workers=1)
+    return directory
+
+
+def test_each_round_asks_its_share_and_nobody_twice_before_all_had_a_turn(alone: Path) -> None:
+    rounds = asked(alone)
+    assert [len(names) for names in rounds] == [3, 3, 3, 3]
+    assert len({name for names in rounds for name in names}) == 12
+    report = Report.read(alone)
+    assert sorted(entry.rounds_valid for entry in report.participation.values()) == [0] * 18 + [1] * 12
+
+
+def test_a_site_that_is_not_asked_uses_no_case_but_gets_the_model(alone: Path, sites: list[Path]) -> None:
+    trained = {name for names in asked(alone) for name in names}
+    used = {path.name for path in sites if any(open_site(path).runs.glob("*/used_cases.parquet"))}
+    assert used == trained
+    assert all(any(path.glob("state/models/*/model.safetensors")) for path in sites)
+
+
+def test_two_workers_end_in_the_same_bits_and_stay_for_the_next_run(
+    alone: Path, sites: list[Path], tmp_path: Path
+) -> None:
+    with Workers(log=None) as pool:
+        run(sites, tmp_path / "first", workers=2, pool=pool)
+        pids = [worker.pid for worker in pool.take(2)]
+        run(sites, tmp_path / "second", workers=2, pool=pool)
+        assert [worker.pid for worker in pool.take(2)] == pids
+    assert asked(tmp_path / "first") == asked(tmp_path / "second") == asked(alone)
+    assert model_of(tmp_path / "first") == model_of(tmp_path / "second") == model_of(alone)
+
+
+class Killing(engine.LocalGrid):
+    """Kills the process that has a training task, so often, as soon as it has it."""
+
+    deaths = 1
+
+    def push_messages(self, messages: Any) -> Any:
+        ids = super().push_messages(messages)
+        self.kill_one()
+        return ids
+
+    def pull_messages(self, message_ids: Any) -> Any:
+        found = super().pull_messages(message_ids)
+        self.kill_one()
+        return found
+
+    def kill_one(self) -> None:
+        for number in self._busy():
+            message, pid = self._doing[number], self._workers[number].pid
+            assert message is not None
+            if message.metadata.message_type == "train" and self.deaths and pid is not None:
+                type(self).deaths -= 1
+                os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def killing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Killing]]:
+    monkeypatch.setattr(engine, "LocalGrid", Killing)
+    yield Killing
+
+
+def test_a_worker_that_is_killed_is_replaced_and_the_round_ends_in_the_same_bits(
+    killing: type[Killing], alone: Path, sites: list[Path], tmp_path: Path
+) -> None:
+    killing.deaths = 2
+    report = run(sites, tmp_path, workers=1)
+    assert killing.deaths == 0, "it was killed"
+    assert [entry.sites_valid for entry in report.rounds] == [3] * 4
+    assert asked(tmp_path) == asked(alone) and model_of(tmp_path) == model_of(alone)
+
+
+def test_a_task_that_kills_every_worker_is_given_up(tmp_path: Path) -> None:
+    flower.set_identity(engine.RUN_ID, node_id=1)
+    with Workers(log=tmp_path / "log") as pool:
+        (worker,) = pool.take(1)
+        grid = engine.LocalGrid([("a", tmp_path)], run_config={}, workers=[worker])
+        ids = grid.push_messages([Message(RecordDict(), 2, "train", group_id="1", ttl=60)])
+        killed: list[int] = []
+        replies: list[Message] = []
+        end = time.monotonic() + 60
+        while not replies and time.monotonic() < end:
+            pid = worker.pid
+            if pid is not None and pid not in killed:
+                killed.append(pid)
+                os.kill(pid, signal.SIGKILL)
+            replies = list(grid.pull_messages(ids))
+    assert replies[0].error.reason == WORKER_DIED and len(killed) == engine._MOST_DEATHS
+
+
+def cohort_of(num_cases: int) -> Any:
+    class Cohort:
+        offered = num_cases
+
+    return Cohort()
+
+
+def test_open_cohorts_hold_so_many_cases_whatever_the_number_of_sites() -> None:
+    few, many = OpenCohorts(most_cases=100), OpenCohorts(most_cases=100)
+    for number in range(10):
+        few.get(Path(f"{number}"), 1, lambda: cohort_of(10))
+    for number in range(1000):
+        many.get(Path(f"{number}"), 1, lambda: cohort_of(10))
+    assert len(few) == len(many) == 10
+
+
+def test_an_open_cohort_is_used_again_until_another_is_wanted_and_the_longest_unused_goes() -> None:
+    cohorts = OpenCohorts(most_cases=20)
+    first = cohorts.get(Path("a"), "v1", lambda: cohort_of(10))
+    assert cohorts.get(Path("a"), "v1", lambda: cohort_of(10)) is first
+    second = cohorts.get(Path("a"), "v2", lambda: cohort_of(10))
+    assert second is not first and len(cohorts) == 1
+    cohorts.get(Path("b"), "v1", lambda: cohort_of(10))
+    cohorts.get(Path("a"), "v2", lambda: cohort_of(10))
+    cohorts.get(Path("c"), "v1", lambda: cohort_of(10))
+    assert cohorts.get(Path("a"), "v2", lambda: cohort_of(10)) is second, "b was unused longer"
+    large = cohorts.get(Path("d"), "v1", lambda: cohort_of(1000))
+    assert cohorts.get(Path("d"), "v1", lambda: cohort_of(1000)) is large and len(cohorts) == 1
+
+
+def test_a_private_run_begins_anew_on_sites_that_had_one(tmp_path: Path) -> None:
+    """Ledgers, plans and heads of before are gone together; what is left of one would stop its site."""
+    places = [tmp_path / "sites" / name for name in ("a", "b")]
+    for place in places:
+        write_site(place, name=place.name, num_patients=30, size=8, unsafe_allow_seeded_noise=True)
+    private = plan(**TINY, rounds=1, evaluation__validation_every=0, training__expected_batch=4)
+    reports = [
+        simulate(private, places, settings=settings(places, workers=1), directory=tmp_path / f"{number}")
+        for number in range(2)
+    ]
+    spent = [report.privacy.per_site["a"].total_epsilon for report in reports]
+    assert spent[0] and spent[0] == spent[1], "the second ledger does not go on from the first"
+    assert not any((tmp_path / "sites" / ".forgotten").glob("*"))
