@@ -26,7 +26,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "unet of volumes": {"model": "unet", "preprocessing__size": (8, 16, 8), "classes": ("a", "b", "c")},
     "linear": {"model": "linear", "preprocessing": "grey28"},
     "linear of four labels": {"model": "linear", "classes": ("a", "b", "c", "d"), "target": "labels"},
-    "linear of volumes": {"model": "linear", "preprocessing__size": (4, 8, 4)},
+    "linear of volumes": {"model": "linear", "preprocessing__size": (8, 16, 8)},
     "article_cnn": {"model": "article_cnn", "preprocessing": "rgb64"},
     "densenet121": {"model": "densenet121", "preprocessing__size": (32, 32)},
     "efficientnet_b0": {"model": "efficientnet_b0", "preprocessing__size": (32, 32)},
