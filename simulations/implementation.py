@@ -13,6 +13,7 @@ from client.augmentation import augmenter_of
 from client.cohort import Part
 from client.gaussian import Gaussian
 from client.noise import Key
+from client.precision import compute_type
 from client.training import Gradient, PoissonSampler, Sampler, Trained
 from common.calibration import Mechanism
 from common.plan import DpSgd, Plan
@@ -59,6 +60,7 @@ class Implementation:
                 noise_multiplier=mechanism.noise_multiplier,
                 expected_batch=plan.training.expected_batch,
                 noise=self.noise(Gaussian(key.derived("noise"))),
+                compute=compute_type(plan),
             ),
             augmenter=augmenter_of(plan.training.augmentation, key=key),
         )

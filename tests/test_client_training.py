@@ -40,7 +40,6 @@ SMALL: dict[str, Any] = {
     "training__local_steps": 1,
     "training__expected_batch": 4,
     "training__cases_per_patient": 8,
-    "training__precision": "fp32",
 }
 
 
