@@ -103,7 +103,14 @@ def update_of(
 SILENT = Implementation(noise=lambda stream: Silence())
 
 
-@pytest.mark.parametrize("changes", [{}, {"training__momentum": 0.9, "training__local_steps": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"training__momentum": 0.9, "training__local_steps": 3},
+        {"training__precision": "bf16"},
+    ],
+)
 def test_what_is_audited_trains_to_the_bits_of_the_product(changes: dict[str, Any]) -> None:
     one, part, how = asked(**changes), part_of(), mechanism(1.3, sample_rate=0.6)
     expected = train_by_plan(model.build(one), part, plan=one, mechanism=how, key=KEY)
