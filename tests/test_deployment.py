@@ -267,7 +267,7 @@ def test_a_worker_killed_in_the_middle_of_a_task_is_replaced(
 
 @pytest.mark.parametrize("name", ["gateway", "superlink"])
 def test_a_run_survives_the_death_of(federation: Federation, name: str) -> None:
-    submitted = federation.submit(rounds=["train"] * 12)
+    submitted = federation.submit(rounds=["train"] * 30)
     events = federation.home.runs / submitted.run / "events.jsonl"
     wait_for(lambda: events.exists() and events.read_text().count("\n") >= 2)
     former = federation.kill(name)
@@ -395,16 +395,16 @@ def is_open(address: str, port: int) -> bool:
 
 
 def test_a_key_is_renewed_in_the_middle_of_a_run_and_no_round_is_missed(federation: Federation) -> None:
-    submitted = federation.submit(rounds=["train"] * 30)
+    submitted = federation.submit(rounds=["train"] * 60)
     events = federation.home.runs / submitted.run / "events.jsonl"
     wait_for(lambda: events.exists() and events.read_text().count("\n") >= 2)
     connections = federation.log("north").count("connected as node")
     assert federation.verb("feverfew-client", "renew", "north").returncode == 0
     federation.enroll("north", "--renew")
     wait_for(lambda: federation.log("north").count("connected as node") > connections, what="the new node")
-    assert events.read_text().count("\n") < 30, "in the middle"
+    assert events.read_text().count("\n") < 60, "in the middle"
     outcome, told = federation.follow(submitted)
-    assert outcome.is_success and [event["sites_valid"] for event in told] == [2] * 30
+    assert outcome.is_success and [event["sites_valid"] for event in told] == [2] * 60
     assert list(federation.status.sites) == list(SITES)
     retired = federation.home.sites / "north.1.retired"
     wait_for(retired.exists, seconds=90, what="the former key retired")
@@ -418,7 +418,7 @@ def test_a_site_is_revoked_in_the_middle_of_a_run_which_goes_on_without_it(feder
     federation.add_site("east")
     federation.start_agent("east")
     wait_for(lambda: federation.status.sites["east"] == "online", what="east online")
-    submitted = federation.submit(rounds=["train"] * 12)
+    submitted = federation.submit(rounds=["train"] * 30)
     events = federation.home.runs / submitted.run / "events.jsonl"
     wait_for(lambda: events.exists() and events.read_text().count("\n") >= 2)
     told = federation.verb("feverfew-server", "revoke", "home", "east")
