@@ -206,6 +206,7 @@ def test_an_open_cohort_is_used_again_until_another_is_wanted_and_the_longest_un
     assert cohorts.get(Path("d"), "v1", lambda: cohort_of(1000)) is large and len(cohorts) == 1
 
 
+@pytest.mark.slow
 def test_a_private_run_begins_anew_on_sites_that_had_one(tmp_path: Path) -> None:
     """Ledgers, plans and heads of before are gone together; what is left of one would stop its site."""
     places = [tmp_path / "sites" / name for name in ("a", "b")]
