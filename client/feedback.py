@@ -1,6 +1,7 @@
 """Error feedback: what quantisation took from a site's update is added to its next one of the same run.
 
-Only noised updates go in, so that what is kept tells no more than what was released.
+Only updates that are about to be sent go in, with their noise: what is kept tells no more than what is
+released.
 
 Source: Seide et al. (2014), 1-Bit Stochastic Gradient Descent and its Application to Data-Parallel
 Distributed Training of Speech DNNs; Karimireddy et al. (2019), Error Feedback Fixes SignSGD.

@@ -306,8 +306,8 @@ def _values(arrays: ArrayRecord, *, size: int, form: Form) -> FlatArray:
     }
     try:
         values = quantisation.restored({"values": found.pop("update"), **found})
-    except ValueError:
-        raise InvalidReply("out_of_bound") from None
+    except ValueError:  # a scale that is negative; all else was looked at before
+        raise InvalidReply("records") from None
     if not np.isfinite(values).all():
         raise InvalidReply("non_finite")
     return values

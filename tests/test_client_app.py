@@ -25,6 +25,7 @@ from common.errors import InvalidReply
 from common.exchange import DELIVER, EVALUATE, PREPARE, TRAIN, Prepared, Scored, Task, Update
 from common.metrics import Scores
 from common.plan import Plan
+from common.quantisation import BLOCK, Form, carried
 from tests.plans import TINY, plan
 from tests.sites import write_site
 
@@ -256,6 +257,23 @@ def test_seeded_update_is_that_of_training_on_the_cohort(tmp_path: Path) -> None
     told = trained(site, asked)
     assert told.arrays["values"].tobytes() == expected.update.tobytes()
     assert told.train_loss == expected.train_loss
+
+
+@pytest.mark.parametrize("form", tuple(BLOCK))
+def test_a_site_rounds_what_was_noised_and_keeps_the_rest_of_that(tmp_path: Path, form: Form) -> None:
+    site = write_site(tmp_path / "lab", name="lab", size=8, unsafe_allow_seeded_noise=True)
+    asked = private_plan(randomness="seeded", seed=5, exchange__update=form)
+    noised = training.train_by_plan(
+        model.build(asked),
+        open_cohort(site, asked=asked.asked).parts["train"],
+        plan=asked,
+        mechanism=mechanism(asked, nominal_patients=20),
+        key=seeded_key(seed=5, plan_hash=asked.hash, server_round=1, site="lab"),
+    ).update
+    sent = trained(site, asked).arrays["values"]
+    assert sent.tobytes() == carried(noised, form=form).tobytes()
+    (kept,) = (site.state / "feedback" / "run-1").iterdir()
+    assert load_file(kept)["left"].tobytes() == (noised - sent).tobytes()
 
 
 def test_training_starts_at_the_parameters_of_the_task(site: Site) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import math
 from collections.abc import Callable
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from common import exchange, measure
 from common.errors import InvalidReply, Refusal
 from common.exchange import Prepared, Scored, Task, Update
+from common.quantisation import BLOCK, Form, carried, quantised
 from tests import plans
 
 VALUES = np.array([0.5, -1.0, 2.0], dtype=np.float32)
@@ -491,3 +493,89 @@ def test_scores_with_another_metric_are_rejected() -> None:
     record = noised()
     record.metric_records["metrics"]["seconds"] = 12.5
     assert rejected(lambda: read_scored(record, exact=False)) == "records"
+
+
+SHORT = tuple(BLOCK)
+LONG = np.random.default_rng(0).standard_normal(300).astype(np.float32)
+
+
+def short_update(form: Form, **changes: Any) -> RecordDict:
+    """A good reply in a form, with arrays put in the place of others; None leaves one out."""
+    sent = quantised(LONG, form=form)
+    arrays = {"update": sent["values"], "scales": sent["scales"]} | changes
+    return update_record(arrays={name: Array(value) for name, value in arrays.items() if value is not None})
+
+
+def read_short(record: RecordDict, *, form: Form) -> Update:
+    return read_update(record, form=form, num_parameters=len(LONG), bound=9.0)
+
+
+@pytest.mark.parametrize("form", SHORT)
+def test_an_update_in_fewer_bytes_is_read_as_what_arrives_of_it(form: Form) -> None:
+    sent = Update(server_round=3, arrays=quantised(LONG, form=form), weight=5.0, train_loss=None)
+    again = read_short(exchange.update_record(sent), form=form)
+    assert set(again.arrays) == {"values"}
+    assert again.arrays["values"].tobytes() == carried(LONG, form=form).tobytes()
+
+
+@pytest.mark.parametrize("form", SHORT)
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"scales": None}, "records"),
+        ({"more": np.zeros(1, np.float32)}, "records"),
+        ({"scales": np.zeros(7, np.float32)}, "shape"),
+        ({"scales": np.zeros((2, 1), np.float32)}, "shape"),
+        ({"scales": lambda scales: scales.astype(np.float64)}, "dtype"),
+        ({"scales": lambda scales: scales * np.float32(np.nan)}, "non_finite"),
+        ({"scales": lambda scales: scales + np.float32(np.inf)}, "non_finite"),
+        ({"scales": lambda scales: -1 - scales}, "records"),
+        ({"scales": lambda scales: scales * 0 + np.float32(3e38)}, "non_finite"),
+        ({"scales": lambda scales: scales * 100}, "out_of_bound"),
+        ({"update": LONG}, "dtype"),
+        ({"update": np.zeros(300, np.uint8)}, "dtype"),
+        ({"update": np.zeros(299, np.int8)}, "shape"),
+    ],
+)
+def test_an_update_in_fewer_bytes_is_rejected_by_what_is_wrong_with_it(
+    form: Form, changes: dict[str, Any], code: str
+) -> None:
+    scales = quantised(LONG, form=form)["scales"]
+    made = {name: value(scales) if callable(value) else value for name, value in changes.items()}
+    assert rejected(lambda: read_short(short_update(form, **made), form=form)) == code
+
+
+def test_an_update_of_another_form_than_the_plans_is_rejected() -> None:
+    for sent, asked in permutations(("fp32", "fp16", "int8"), 2):
+        record = exchange.update_record(
+            Update(server_round=3, arrays=quantised(LONG, form=sent), weight=5.0, train_loss=None)
+        )
+        assert rejected(lambda record=record, asked=asked: read_short(record, form=asked)) in (  # type: ignore[misc]
+            "records",
+            "dtype",
+        )
+
+
+@pytest.mark.parametrize("form", SHORT)
+def test_a_task_in_fewer_bytes_is_the_same_task_at_both_ends(form: Form) -> None:
+    task = dataclasses.replace(TASK, parameters=carried(LONG, form=form))
+    again = exchange.read_task(exchange.task_record(task, form=form))
+    assert again.parameters.tobytes() == task.parameters.tobytes() and again.identity == task.identity
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"parameters": LONG, "scales": np.ones(1, np.float32)},
+        {"parameters": np.ones(300, np.int8)},
+        {"parameters": np.ones(300, np.int8), "scales": np.ones(3, np.float32)},
+        {"parameters": np.ones(300, np.int8), "scales": -np.ones(2, np.float32)},
+        {"parameters": np.full(300, 127, np.int8), "scales": np.full(2, 3e38, np.float32)},
+        {"parameters": np.ones(300, np.int16), "scales": np.ones(2, np.float32)},
+        {"parameters": LONG, "more": LONG},
+    ],
+)
+def test_a_task_of_no_form_is_refused(arrays: dict[str, Any]) -> None:
+    record = exchange.task_record(TASK)
+    record["arrays"] = ArrayRecord({name: Array(value) for name, value in arrays.items()})
+    assert refused_task(record) == "malformed_task"

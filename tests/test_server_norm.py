@@ -13,6 +13,7 @@ from client.noise import seeded_key
 from common import model
 from common.calibration import largest_noise_multiplier, mechanism, sample_rate
 from common.plan import Plan
+from common.quantisation import largest_gain
 from server.norm import largest_norm
 from tests.plans import TINY, plan
 from tests.sites import write_site
@@ -54,6 +55,13 @@ def test_no_honest_update_is_longer(changes: dict[str, Any], tmp_path: Path) -> 
         norms.append(float(np.linalg.norm(trained.update)))
     assert max(norms) < longest(asked)
     assert longest(asked) < 100 * max(norms), "a bound that tells something"
+
+
+@pytest.mark.parametrize("form", ["fp32", "fp16", "int8"])
+def test_the_bound_is_of_what_is_sent_and_error_feedback_lengthens_that(form: Any) -> None:
+    assert longest(plan(**FEW, exchange__update=form)) == pytest.approx(
+        longest(plan(**FEW)) * largest_gain(form)
+    )
 
 
 def test_one_step_is_the_closed_form() -> None:

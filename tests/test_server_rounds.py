@@ -780,3 +780,19 @@ def test_a_site_whose_number_no_noise_can_serve_is_not_admitted(tmp_path: Path) 
     assert set(rounds.state.sites) == {"a", "b"}
     trail = (tmp_path / "events.jsonl").read_text(encoding="utf-8")
     assert '"unreachable_target"' in trail
+
+
+def test_the_report_has_the_bytes_of_each_round_and_of_each_site(tmp_path: Path) -> None:
+    """Of a round those of all sites asked; of a site also those of preparing and of the final model."""
+    plan = tiny_plan(sites=2, rounds=3)
+    grid = InlineGrid({name: site(plan, name, 0.5) for name in ("a", "b")})
+    app.coordinate(grid, plan, run="r", directory=tmp_path, heads=Heads(tmp_path / "heads"), engine="test")
+    report = Report.read(tmp_path)
+    model_bytes = 4 * model.num_parameters(model.build(plan))
+    for entry in report.rounds:
+        assert entry.bytes_down is not None and entry.bytes_up is not None
+        assert 2 * model_bytes < entry.bytes_down < 2 * (model_bytes + 1000)
+        assert 2 * model_bytes < entry.bytes_up < 2 * (model_bytes + 1000)
+    for part in report.participation.values():
+        assert 4 * model_bytes < part.bytes_down < 4 * model_bytes + 5000
+        assert 3 * model_bytes < part.bytes_up < 3 * model_bytes + 4000
