@@ -5,7 +5,7 @@ Classes and labels are measured by scores (``common/scores.py``), masks by Dice 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -101,13 +101,18 @@ def l2_sensitivity(asked: Asked) -> float:
     return scores.l2_sensitivity(asked.num_outputs)
 
 
-def merge(statistics: Iterable[Statistic]) -> Statistic:
-    """Merges the statistics of several sites into one.
+def merge(statistics: Mapping[str, Statistic]) -> Statistic:
+    """Merges the statistics of several sites into one, in the order of their names.
+
+    **Guarantee.** The bits do not depend on which site answered first.
+
+    Args:
+        statistics: by site.
 
     Raises:
         ValueError: nothing to merge, or statistics of different plans.
     """
-    found = list(statistics)
+    found = [statistics[site] for site in sorted(statistics)]
     if found and all(isinstance(item, DiceSums | DiceScores) for item in found):
         return dice.merge(cast(list[DiceStatistic], found))
     return scores.merge(cast(list[scores.Statistic], found))

@@ -195,7 +195,7 @@ class Report(Part):
             site: result.with_exact(exact[site], target=target) if site in exact else result
             for site, result in self.final.per_site.items()
         }
-        pooled = measure.merge(exact.values())
+        pooled = measure.merge(exact)
         assert isinstance(pooled, Scores | DiceScores), "exact scores merge into exact ones"
         final = self.final.model_copy(update={"per_site": per_site}).with_exact(pooled, target=target)
         return self.model_copy(update={"final": final})

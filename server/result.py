@@ -121,8 +121,8 @@ class Result(SiteResult):
         """
         if not statistics:
             return cls(**UNKNOWN, roc=(), per_site={})
-        pooled = measure.merge(statistics.values())
-        pooled_std = math.hypot(*(noise_std.get(site, 0.0) for site in statistics))
+        pooled = measure.merge(statistics)
+        pooled_std = math.hypot(*(noise_std.get(site, 0.0) for site in sorted(statistics)))
         return cls(
             **_measures(pooled, noise_std=pooled_std, bins=bins, target=target),
             roc=tuple(metrics.roc(pooled)) if isinstance(pooled, Histogram | Scores) else (),

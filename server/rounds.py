@@ -232,8 +232,8 @@ class Rounds:
         released = self._evaluate("validation", record.server_round)
         if not released.statistics:
             return record
-        pooled = measure.merge(released.statistics.values())
-        noise_std = math.hypot(*released.noise_std.values())
+        pooled = measure.merge(released.statistics)
+        noise_std = math.hypot(*(released.noise_std[site] for site in sorted(released.noise_std)))
         key = measure.headline(self._plan.target).key
         found: dict[str, Any] = {
             key: measure.value(pooled),

@@ -38,21 +38,30 @@ def test_sensitivity_is_that_of_the_statistic():
 
 def test_masks_are_merged_valued_and_bounded_as_dice_and_all_else_as_scores():
     one, two = DiceScores(dice=np.array([[0.5, 1.0]])), DiceScores(dice=np.array([[0.0, 0.5]]))
-    merged = measure.merge([one, measure.noised(two, bins=10)])
+    merged = measure.merge({"a": one, "b": measure.noised(two, bins=10)})
     assert isinstance(merged, DiceSums) and measure.value(merged) == 0.5
     assert measure.interval(merged, noise_std=3.0) == dice.interval(merged, noise_std=3.0)
     scored = scores.score_statistics([[1.0], [-1.0]], targets=[1, 0], weights=[1.0, 1.0])
-    assert measure.value(measure.merge([scored, scored])) == 1.0
-    assert isinstance(measure.merge([scored, measure.noised(scored, bins=4)]), Histogram)
+    assert measure.value(measure.merge({"a": scored, "b": scored})) == 1.0
+    assert isinstance(measure.merge({"a": scored, "b": measure.noised(scored, bins=4)}), Histogram)
 
 
 def test_statistics_of_different_plans_do_not_merge():
     with pytest.raises((ValueError, AttributeError)):
         measure.merge(
-            [
-                DiceScores(dice=np.array([[0.5]])),
-                scores.score_statistics([[1.0]], targets=[1], weights=[1.0]),
-            ]
+            {
+                "a": DiceScores(dice=np.array([[0.5]])),
+                "b": scores.score_statistics([[1.0]], targets=[1], weights=[1.0]),
+            }
         )
     with pytest.raises(ValueError, match="at least one"):
-        measure.merge([])
+        measure.merge({})
+
+
+def test_the_bits_of_a_merged_number_do_not_depend_on_which_site_answered_first():
+    values = np.random.default_rng(0).random(99).tolist()
+    assert sum(values) != sum(reversed(values)), "in floating point the order matters"
+    exact = {f"{place:02}": DiceScores(dice=np.array([[value]])) for place, value in enumerate(values)}
+    for found in (exact, {site: measure.noised(known, bins=10) for site, known in exact.items()}):
+        turned = dict(reversed(found.items()))
+        assert measure.value(measure.merge(found)) == measure.value(measure.merge(turned))
