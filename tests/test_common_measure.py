@@ -64,4 +64,5 @@ def test_the_bits_of_a_merged_number_do_not_depend_on_which_site_answered_first(
     exact = {f"{place:02}": DiceScores(dice=np.array([[value]])) for place, value in enumerate(values)}
     for found in (exact, {site: measure.noised(known, bins=10) for site, known in exact.items()}):
         turned = dict(reversed(found.items()))
-        assert measure.value(measure.merge(found)) == measure.value(measure.merge(turned))
+        first, second = measure.merge(found).arrays, measure.merge(turned).arrays
+        assert all(np.array_equal(first[name], second[name]) for name in first)
