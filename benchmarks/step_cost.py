@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from client.memory import keep_freed_blocks
+
 NETWORKS: dict[str, tuple[dict[str, Any], int]] = {
     "cnn": ({"preprocessing__size": (64, 64)}, 64),
     "article_cnn": ({"model": "article_cnn", "preprocessing": "rgb64"}, 64),
@@ -26,7 +28,14 @@ NETWORKS: dict[str, tuple[dict[str, Any], int]] = {
     "unet": ({"model": "unet", "preprocessing__size": (64, 64)}, 8),
 }
 """By name: the changes of a plan, and the cases of a batch."""
-WAYS = ("bookkeeping", "hooks", "ew", "ghost")
+WAYS = {
+    "bookkeeping": {"privacy__clipping": "bookkeeping"},
+    "bf16": {"privacy__clipping": "bookkeeping", "training__precision": "bf16"},
+    "hooks": {"privacy__clipping": "hooks"},
+    "ew": {"privacy__clipping": "ew"},
+    "ghost": {"privacy__clipping": "ghost"},
+}
+"""By name, the changes of a plan; "bf16" is book-keeping, computed in that type. Plain steps are in fp32."""
 
 
 def measure(name: str, way: str, *, cases_per_patient: int, threads: int, steps: int) -> dict[str, float]:
@@ -34,6 +43,7 @@ def measure(name: str, way: str, *, cases_per_patient: int, threads: int, steps:
     import torch
 
     torch.set_num_threads(threads)
+    keep_freed_blocks()
     plain, private = _steps(name, way, cases_per_patient=cases_per_patient)
     clock = time.process_time if threads == 1 else time.perf_counter
     pairs = [(_timed(plain, clock), _timed(private, clock)) for _ in range(steps + 2)][2:]
@@ -49,6 +59,7 @@ def peak(name: str, way: str, *, cases_per_patient: int) -> float:
     import torch
 
     torch.set_num_threads(1)
+    keep_freed_blocks()
     plain, private = _steps(
         name, "bookkeeping" if way == "plain" else way, cases_per_patient=cases_per_patient
     )
@@ -63,12 +74,13 @@ def _steps(name: str, way: str, *, cases_per_patient: int) -> tuple[Callable[[],
 
     from client.clipping import PrivateGradient
     from client.gaussian import Gaussian
+    from client.precision import compute_type
     from client.training import Batch, Descent, PlainGradient
     from common import model
     from tests.plans import plan
 
     changes, cases = NETWORKS[name]
-    asked = plan(**changes, privacy__clipping=way, training__cases_per_patient=1)
+    asked = plan(**changes, **WAYS[way], training__cases_per_patient=cases_per_patient)
     network, other = model.build(asked), model.build(asked)
     (image, *_) = model.blank_inputs(asked)
     targets = torch.arange(cases) % 2
@@ -88,6 +100,7 @@ def _steps(name: str, way: str, *, cases_per_patient: int) -> tuple[Callable[[],
         noise_multiplier=1.0,
         expected_batch=batch.num_patients,
         noise=Gaussian(bytes(32)),
+        compute=compute_type(asked),
     )
     descents = Descent(network, training=asked.training), Descent(other, training=asked.training)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from client.contribution import Contribution, Products, Rows
+from client.contribution import Contribution, Patches, Products, Rows
 from client.training import Batch
 
 
@@ -59,5 +60,15 @@ class Book:
 
     def products(self, left: Tensor, right: Tensor, *, shape: torch.Size) -> Products:
         """left: (cases, rows, positions), right: (cases, columns, positions)."""
-        left, right = left.to(self.shares.dtype), right.to(self.shares.dtype)
+        left, right = self._detached(left), self._detached(right)
         return Products(left, right, shape, self.owners, self.shares, self.num_patients)
+
+    def patches(self, outer: Tensor, inputs: Tensor, *, geometry: Any, shape: torch.Size) -> Patches:
+        """outer, inputs: of a flat convolution, (cases, channels, height, width)."""
+        outer, inputs = self._detached(outer), self._detached(inputs)
+        return Patches(outer, inputs, geometry, shape, self.owners, self.shares, self.num_patients)
+
+    def _detached(self, values: Tensor) -> Tensor:
+        """Takes the input of a layer out of the graph: all that is computed of it would be kept for another
+        backward pass."""
+        return values.detach().to(self.shares.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from types import SimpleNamespace
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import torch
@@ -13,12 +13,15 @@ from torch import nn
 
 from client.bookkeeping import BookKeeping, NotSupported
 from client.contribution import Contribution, clip_factors
-from client.gaussian import Gaussian
+from client.gaussian import CHUNK_PAIRS, Gaussian
 from client.hooked import ExpandedWeights, Ghost, Hooks
 from client.training import Batch
 from common.plan import DpSgd
 
 logger = logging.getLogger("feverfew.worker")
+
+PIECE: Final = 16 * CHUNK_PAIRS
+"""Numbers of noise that are drawn at a time, 2 MiB; the bits are those of one draw."""
 
 Clipping = Literal["auto", "bookkeeping", "hooks", "ghost", "ew"]
 
@@ -55,16 +58,24 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             parameter.summed_grad = clipped if former is None else former + clipped
 
     def add_noise(self) -> None:
-        """Writes the noised sum of clipped gradients to ``p.grad``; a sum of nobody is zero."""
-        sizes = [parameter.numel() for parameter in self.params]
-        drawn = self._noise.standard_normal((sum(sizes),), dtype=np.float32)
-        drawn *= np.float32(self.noise_multiplier * self.max_grad_norm)
-        ends = np.cumsum(sizes)
-        for parameter, size, end in zip(self.params, sizes, ends, strict=True):
-            parameter.grad = torch.from_numpy(drawn[end - size : end]).view_as(parameter)
-            if parameter.summed_grad is not None:
-                parameter.grad += parameter.summed_grad.view_as(parameter)
-                parameter.summed_grad = None
+        """Writes the noised sum of clipped gradients to ``p.grad``; a sum of nobody is zero.
+
+        The noise is drawn in pieces and added in place: all of it at once is as large as the network.
+        """
+        remaining = sum(parameter.numel() for parameter in self.params)
+        piece = np.empty(0, dtype=np.float32)
+        for parameter in self.params:
+            summed, parameter.summed_grad = parameter.summed_grad, None
+            parameter.grad = torch.zeros_like(parameter) if summed is None else summed.view_as(parameter)
+            sums = parameter.grad.view(-1)
+            while len(sums):
+                if not len(piece):
+                    piece = self._noise.standard_normal((min(PIECE, remaining),), dtype=np.float32)
+                    piece *= np.float32(self.noise_multiplier * self.max_grad_norm)
+                    remaining -= len(piece)
+                count = min(len(sums), len(piece))
+                sums[:count] += torch.from_numpy(piece[:count])
+                sums, piece = sums[count:], piece[count:]
 
 
 def patient_gradients(

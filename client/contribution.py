@@ -7,11 +7,14 @@ by their clip factors. Neither needs all per-patient gradients in memory, where 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+GRAM_COST = 2.0
+"""Of a number of two Gram matrices, which are in double precision, over that of one of the gradients."""
 ROUNDING = 4.0
 """In units of the last place: a sum of products is not longer than its norm says by more than rounding."""
 
@@ -86,37 +89,31 @@ class Products:
 
     def squared_norms(self) -> Tensor:
         if self.num_patients == len(self.left):
-            return self._of_single_cases()
-        return self._of_several_cases()
+            return self._of_patients(self.left, self.right)
+        counts = torch.bincount(self.owners, minlength=self.num_patients)
+        firsts = counts.cumsum(0) - counts
+        squares = self.left.new_zeros(self.num_patients)
+        for count in sorted({*counts.tolist()} - {0}):  # those of equally many cases are done together
+            patients = (counts == count).nonzero()[:, 0]
+            cases = firsts[patients][:, None] + torch.arange(count)
+            shared = self.right[cases] * self.shares[cases][:, :, None, None]
+            left, right = (side.transpose(1, 2).flatten(2) for side in (self.left[cases], shared))
+            squares[patients] = self._of_patients(left, right)
+        return squares
 
-    def _of_single_cases(self) -> Tensor:
-        if self.left.shape[2] == 1:
-            left, right = self.left[:, :, 0], self.right[:, :, 0]
-            norms: Tensor = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1)
-            return norms.square()
-        left, right = self.left.double(), self.right.double()  # the terms may cancel
+    def _of_patients(self, left: Tensor, right: Tensor) -> Tensor:
+        """left: (patients, rows, positions of all cases of each); right: (patients, columns, likewise)."""
+        lengths = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1)
+        magnitudes: Tensor = lengths.sum(dim=1)
+        rows, columns, positions = left.shape[1], right.shape[1], left.shape[2]
+        if positions == 1:
+            return magnitudes.square()
+        if rows * columns < GRAM_COST * positions * (rows + columns):
+            by_patient = torch.bmm(left, right.transpose(1, 2)).flatten(1)
+            return self._cautious(torch.linalg.vector_norm(by_patient, dim=1).square(), magnitudes)
+        left, right = left.double(), right.double()  # the terms may cancel
         gram = torch.bmm(left.transpose(1, 2), left) * torch.bmm(right.transpose(1, 2), right)
-        return self._cautious(gram.sum(dim=(1, 2)), self._magnitudes())
-
-    def _of_several_cases(self) -> Tensor:
-        cases, _, positions = self.left.shape
-        left = self.left.transpose(1, 2).flatten(0, 1).double()  # (cases x positions, rows)
-        right = (self.right.transpose(1, 2) * self.shares[:, None, None]).flatten(0, 1).double()
-        owners = self.owners.repeat_interleave(positions)
-        together = (left @ left.T) * (right @ right.T)
-        # Sums over a patient's own pairs alone; a factor of zero would let NaN of one patient reach another.
-        pairs = torch.where(owners[:, None] == owners[None, :], together, 0.0).sum(dim=1)
-        squares = pairs.new_zeros(self.num_patients).index_add_(0, owners, pairs)
-        magnitudes = self._magnitudes() * self.shares
-        summed = magnitudes.new_zeros(self.num_patients).index_add_(0, self.owners, magnitudes)
-        return self._cautious(squares, summed)
-
-    def _magnitudes(self) -> Tensor:
-        """Returns for each case the sum of the norms of its products: (cases,)."""
-        norms: Tensor = torch.linalg.vector_norm(self.left, dim=1) * torch.linalg.vector_norm(
-            self.right, dim=1
-        )
-        return norms.sum(dim=1)
+        return self._cautious(gram.sum(dim=(1, 2)), magnitudes)
 
     def _cautious(self, squares: Tensor, magnitudes: Tensor) -> Tensor:
         """Adds what rounding may add to the sum of products, in the parameter's precision."""
@@ -134,6 +131,50 @@ class Products:
         kept = ~patients[self.owners][:, None, None]
         left, right = (torch.where(kept, side, 0.0) for side in (self.left, self.right))
         return replace(self, left=left, right=right)
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Gradients of a flat convolution's weights, as what went in and the gradient of what came out.
+
+    The patches under the kernel, which ``Products`` multiplies, are several times as large as the input;
+    they are cut when the norm is taken, and not kept. ``outer``: (cases, channels, height, width);
+    ``inputs``: likewise; ``geometry``: stride, padding, dilation. Else as ``Products``.
+    """
+
+    outer: Tensor
+    inputs: Tensor
+    geometry: tuple[Any, Any, Any]
+    shape: torch.Size
+    owners: Tensor
+    shares: Tensor
+    num_patients: int
+
+    def rows(self) -> Tensor:
+        return self._products().rows()
+
+    def squared_norms(self) -> Tensor:
+        return self._products().squared_norms()
+
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        scaled = self.outer * (weights[self.owners] * self.shares)[:, None, None, None]
+        settings = (*self.geometry, False, (0, 0), 1)
+        summed: Tensor = torch.ops.aten.convolution_backward(
+            scaled, self.inputs, scaled.new_empty(self.shape), None, *settings, [False, True, False]
+        )[1]
+        return summed.contiguous()
+
+    def without(self, patients: Tensor) -> Patches:
+        kept = ~patients[self.owners][:, None, None, None]
+        outer, inputs = (torch.where(kept, side, 0.0) for side in (self.outer, self.inputs))
+        return replace(self, outer=outer, inputs=inputs)
+
+    def _products(self) -> Products:
+        stride, padding, dilation = self.geometry
+        patches = functional.unfold(self.inputs, self.shape[2:], dilation, padding, stride)
+        return Products(
+            self.outer.flatten(2), patches, self.shape, self.owners, self.shares, self.num_patients
+        )
 
 
 def clip_factors(contributions: list[Contribution], *, bound: float) -> tuple[Tensor, list[Contribution]]:

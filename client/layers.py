@@ -117,7 +117,7 @@ class _Convolution(Function):
         inputs, weight = ctx.saved_tensors
         outer, inputs = outer.contiguous(), inputs.contiguous()
         if _has_few_products(ctx.layer, outer):
-            _note_products(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
+            _note_patches(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
         else:
             _note_cases_as_groups(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
         of_inputs = None
@@ -135,13 +135,10 @@ def _has_few_products(layer: Any, outer: Tensor) -> bool:
     return is_known and positions <= FEW_PRODUCTS and 2 * positions**2 <= layer.weight.numel()
 
 
-def _note_products(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
-    stride, padding, dilation, *_ = settings
-    right = functional.unfold(inputs, layer.kernel_size, dilation, padding, stride)
-    left = outer.flatten(2)
-    book.add(layer.weight, book.products(left, right, shape=layer.weight.shape))
+def _note_patches(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
+    book.add(layer.weight, book.patches(outer, inputs, geometry=settings[:3], shape=layer.weight.shape))
     if layer.bias is not None:
-        book.add(layer.bias, book.mean(left.sum(dim=2)))
+        book.add(layer.bias, book.mean(outer.flatten(2).sum(dim=2)))
 
 
 def _note_cases_as_groups(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:

@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from flwr.app import Context, Error, Message
 
-from client import crew
+from client import crew, memory
 from client import log as log_lines
 from common import flower, logline
 from common.errors import DeploymentError
@@ -262,6 +262,7 @@ def _serve(
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
+    memory.keep_freed_blocks()
     app = _load_or_none(reference)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)

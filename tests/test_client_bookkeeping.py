@@ -14,7 +14,7 @@ from torch.autograd.function import BackwardCFunction
 
 from client.book import Book
 from client.bookkeeping import BookKeeping, NotSupported
-from client.contribution import Products, Rows, clip_factors
+from client.contribution import Patches, Products, Rows, clip_factors
 from client.hooked import ExpandedWeights
 from client.training import Batch, case_losses
 from common import model
@@ -291,4 +291,38 @@ def test_nothing_of_a_batch_is_kept_when_its_contributions_are_gone(changes: dic
 def alive() -> int:
     """How many books, contributions and parts of graphs there are in this process."""
     gc.collect()
-    return sum(isinstance(one, Book | Products | Rows | BackwardCFunction) for one in gc.get_objects())
+    return sum(
+        isinstance(one, Book | Patches | Products | Rows | BackwardCFunction) for one in gc.get_objects()
+    )
+
+
+@pytest.mark.parametrize("changes", PARAMS)
+def test_contributions_are_no_part_of_a_graph(changes: dict[str, Any]) -> None:
+    """What is computed of them would keep every step of it in memory until the batch is over."""
+    asked = plan(**changes)
+    images, targets = images_of(asked, num_cases=2), torch.from_numpy(targets_of(asked, num_cases=2))
+    found, losses = BookKeeping(model.build(asked)).contributions(batch_of(images, targets, [1, 1]))
+    told = [losses, *(one.squared_norms() for one in found), *(one.weighted_sum(losses) for one in found)]
+    assert not any(one.requires_grad for one in told)
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1], [2, 1, 3], [2, 2], [0, 3, 1]])
+@pytest.mark.parametrize("positions", [1, 2, 9])
+def test_norms_of_products_and_patches_are_those_of_their_rows(counts: list[int], positions: int) -> None:
+    torch.manual_seed(0)
+    cases = sum(counts)
+    owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    shares = (1.0 / torch.tensor(counts).clamp(min=1))[owners]
+    of_patients = (owners, shares, len(counts))
+    left, right = torch.randn(cases, 4, positions), torch.randn(cases, 50, positions)
+    outer, inputs = torch.randn(cases, 4, 1, positions), torch.randn(cases, 3, 3, positions)
+    geometry = ((3, 1), (1, 1), (1, 1))
+    for found in (
+        Products(left, right, torch.Size([4, 50]), *of_patients),
+        Patches(outer, inputs, geometry, torch.Size([4, 3, 3, 3]), *of_patients),
+    ):
+        rows, weights = found.rows(), torch.rand(len(counts))
+        torch.testing.assert_close(
+            found.squared_norms(), rows.flatten(1).square().sum(dim=1), rtol=1e-4, atol=1e-4
+        )
+        torch.testing.assert_close(found.weighted_sum(weights), torch.einsum("p,p...->...", weights, rows))
