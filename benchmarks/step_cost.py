@@ -43,7 +43,6 @@ def measure(name: str, way: str, *, cases_per_patient: int, threads: int, steps:
     import torch
 
     torch.set_num_threads(threads)
-    keep_freed_blocks()
     plain, private = _steps(name, way, cases_per_patient=cases_per_patient)
     clock = time.process_time if threads == 1 else time.perf_counter
     pairs = [(_timed(plain, clock), _timed(private, clock)) for _ in range(steps + 2)][2:]
@@ -59,7 +58,6 @@ def peak(name: str, way: str, *, cases_per_patient: int) -> float:
     import torch
 
     torch.set_num_threads(1)
-    keep_freed_blocks()
     plain, private = _steps(
         name, "bookkeeping" if way == "plain" else way, cases_per_patient=cases_per_patient
     )
@@ -127,6 +125,7 @@ def _timed(step: Callable[[], None], clock: Callable[[], float]) -> float:
 
 def _apart(*arguments: object) -> Any:
     """Runs this module in a process of its own; None where a way does not know the network."""
+    keep_freed_blocks()  # as the processes that train at a site
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step_cost", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable
 from functools import lru_cache
 
-from flwr.app import Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from torch import nn
 
 from client import log, release, trail, work
 from client.site import Site, open_site, site_directory
-from common import exchange, model
+from common import exchange, model, received
 from common.errors import ConfigError, FeverfewError, LedgerError, Refusal, UnusableCase
 from common.plan import Plan
 
@@ -121,8 +121,9 @@ def _answer(
 
 
 def _note_refusal(site: Site | None, content: RecordDict) -> None:
-    if site is not None and "refused" in content.config_records:
-        trail.record_if_possible(site, "refused", code=content.config_records["refused"]["code"])
+    if site is not None and "refused" in content:
+        code = received.part(content, "refused", ConfigRecord)["code"]
+        trail.record_if_possible(site, "refused", code=code)
 
 
 def _incompatible(site: Site | None, message: Message, code: str) -> RecordDict | None:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
+import os
 from typing import Final
 
 KEPT_BYTES: Final = 1 << 30
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_SETTINGS: Final = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")  # glibc reads them at the start
 
 
-def keep_freed_blocks() -> bool:
-    """Lets this process keep blocks below 1 GiB that it has freed; False where the C library is not glibc.
+def keep_freed_blocks() -> None:
+    """Lets processes that are started from now on keep blocks below 1 GiB that they have freed.
 
     Each step of training frees and asks for the same blocks. Those that went back to the kernel in between
     are cleared by it page by page, which takes up to a third of a step of a small network
     (``benchmarks/step_cost.py``). What a process holds at most grows little, as it is needed again at once.
+    Only glibc knows these settings; whoever has set one in the environment keeps theirs.
     """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    mallopt = ctypes.CDLL(None).mallopt
-    return all(mallopt(option, KEPT_BYTES) == 1 for option in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
+    for name in _SETTINGS:
+        os.environ.setdefault(name, str(KEPT_BYTES))

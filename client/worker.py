@@ -58,6 +58,7 @@ KILL_SECONDS: Final = 5.0
 
 def forkserver(*, preload: Sequence[str] = ()) -> BaseContext:
     """Returns a multiprocessing context whose processes start from a server that has imported ``preload``."""
+    memory.keep_freed_blocks()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))
     return context
@@ -262,7 +263,6 @@ def _serve(
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if memory_bytes is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (memory_bytes, memory_bytes))
-    memory.keep_freed_blocks()
     app = _load_or_none(reference)
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)

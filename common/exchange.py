@@ -152,9 +152,9 @@ def read_task(record: RecordDict) -> Task:
     """
     try:
         head = detach_head(record)
-        fields = record.config_records["task"]
-        arrays = record.array_records.get("arrays")
-        parameters = np.zeros(0, np.float32) if arrays is None else _parameters(arrays)
+        fields = received.part(record, "task", ConfigRecord)
+        has_arrays = "arrays" in record
+        parameters = _parameters(received.part(record, "arrays", ArrayRecord)) if has_arrays else _NOTHING
         task = Task(
             run=received.run_id(fields["run"]),
             plan_hash=received.text(fields["plan-hash"]),
@@ -180,7 +180,7 @@ def _parameters(arrays: ArrayRecord) -> FlatArray:
     if not {"parameters"} <= set(arrays) <= {"parameters", "scales"}:
         raise ValueError("expected parameters, and nothing but scales beside them")
     found = {name: received.content(array) for name, array in arrays.items()}
-    return quantisation.restored({"values": found.pop("parameters"), **found})
+    return quantisation.restored({"values": found.pop("parameters"), **found}).copy()  # trained in place
 
 
 def prepared_record(prepared: Prepared) -> RecordDict:
@@ -190,6 +190,7 @@ def prepared_record(prepared: Prepared) -> RecordDict:
     return RecordDict({"reply": ConfigRecord(fields)})
 
 
+_NOTHING = np.zeros(0, np.float32)
 _PARTS = {"train", "validation", "test"}
 _PREPARED_FIELDS = tuple(Prepared.__dataclass_fields__)
 
@@ -201,7 +202,7 @@ def read_prepared(record: RecordDict) -> Prepared:
         InvalidReply: fields are missing, too many or of the wrong kind.
     """
     try:
-        fields: dict[str, Any] = dict(record.config_records["reply"])
+        fields: dict[str, Any] = dict(received.part(record, "reply", ConfigRecord))
         if set(fields) != set(_PREPARED_FIELDS) or len(record) != 1:
             raise InvalidReply("records")
         for name in ("site", "status", "reason", "role", "data", "patient_is", "feverfew"):
@@ -235,8 +236,8 @@ def require_accepted(record: RecordDict) -> None:
     Raises:
         InvalidReply: code ``refused_<code of the site>``; a code that is not a short word is cut off.
     """
-    refused = record.config_records.get("refused")
-    if refused is None:
+    refused = record.get("refused")
+    if not isinstance(refused, ConfigRecord):
         return
     code = refused.get("code")
     is_word = isinstance(code, str) and code.isidentifier() and code.isascii() and len(code) <= 40
@@ -284,7 +285,7 @@ def read_update(
     if weight is not None and claimed != weight:
         raise InvalidReply("weight")
     values = _values(arrays, size=num_parameters, form=form)
-    if np.abs(values).max(initial=0.0) > bound:
+    if max(values.max(initial=0.0), -values.min(initial=0.0)) > bound:
         raise InvalidReply("out_of_bound")
     if math.sqrt(np.einsum("i,i", values, values, dtype=np.float64)) > max_norm:
         raise InvalidReply("norm")

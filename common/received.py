@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from common.errors import InvalidReply
 
 FloatArray = np.ndarray[Any, np.dtype[Any]]
+Part = TypeVar("Part", ArrayRecord, ConfigRecord, MetricRecord)
 
 
 def decoded(array: Array, *, shape: tuple[int, ...], dtype: str) -> FloatArray:
@@ -34,7 +35,7 @@ def decoded(array: Array, *, shape: tuple[int, ...], dtype: str) -> FloatArray:
 
 
 def content(array: Array) -> FloatArray:
-    """Returns the values of an array that came from elsewhere.
+    """Returns the values of an array that came from elsewhere; read-only, in the memory that they came in.
 
     Not by numpy's reader, which allocates whatever a header claims, opens archives, and raises errors of
     half a dozen kinds.
@@ -53,7 +54,22 @@ def content(array: Array) -> FloatArray:
         raise ValueError("expected an npy file")
     if array.data[10:start].decode("latin1").rstrip() != header:
         raise ValueError(f"expected an npy file with the header {header}")
-    return np.frombuffer(array.data, dtype, offset=start).reshape(shape).copy()
+    return np.frombuffer(array.data, dtype, offset=start).reshape(shape)
+
+
+def part(record: RecordDict, name: str, kind: type[Part]) -> Part:
+    """Returns the part of a message's content that has this name and kind.
+
+    Not by Flower's views (``record.array_records``): such a view knows the record, and the record the view,
+    a ring that keeps 100 MB of a model in memory until the collector comes by.
+
+    Raises:
+        KeyError: there is none, or it is of another kind.
+    """
+    found = record[name]
+    if not isinstance(found, kind):
+        raise KeyError(name)
+    return found
 
 
 def run_id(value: object) -> str:

@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 
+from common import received
 from common.plan import Plan
 from common.strategy import Aggregation, Bulyan, FedMedian, FedTrimmedAvg, Krum, MultiKrum
 from server.strategy import FedAvg
@@ -104,7 +105,7 @@ def selected_by_krum(
 
     Source: El Mhamdi et al. (2018), The Hidden Vulnerability of Distributed Learning in Byzantium, section 4.
     """
-    vectors = [content.array_records["arrays"]["update"].numpy() for content in contents]
+    vectors = [_update(content).numpy() for content in contents]
     squares = np.array([[np.square(one - other).sum() for other in vectors] for one in vectors])
     left = list(range(len(contents)))
     selected: list[int] = []
@@ -117,21 +118,26 @@ def selected_by_krum(
 
 def _prepared(content: RecordDict) -> RecordDict:
     """Keeps what is aggregated; in float64, since Flower's distances are differences of large numbers."""
-    values = content.array_records["arrays"]["update"].numpy().astype(np.float64)
-    said = content.metric_records["metrics"]
+    values = _update(content).numpy().astype(np.float64)
+    said = received.part(content, "metrics", MetricRecord)
     metrics = {WEIGHT: float(str(said[WEIGHT])), LOSS: float(str(said.get(LOSS, "nan")))}
     return RecordDict(
         {"arrays": ArrayRecord({"update": Array(values)}), "metrics": MetricRecord(dict(metrics))}
     )
 
 
+def _update(content: RecordDict) -> Array:
+    found: Array = received.part(content, "arrays", ArrayRecord)["update"]
+    return found
+
+
 def _bits(content: RecordDict) -> tuple[bytes, str]:
-    return content.array_records["arrays"]["update"].data, repr(content.metric_records["metrics"])
+    return _update(content).data, repr(received.part(content, "metrics", MetricRecord))
 
 
 def _median_loss(contents: list[RecordDict], weighted_by_key: str) -> MetricRecord:
     """A mean is for one hostile site to choose."""
-    losses = [float(str(content.metric_records["metrics"][LOSS])) for content in contents]
+    losses = [float(str(received.part(content, "metrics", MetricRecord)[LOSS])) for content in contents]
     known = [loss for loss in losses if loss == loss]
     return MetricRecord({LOSS: float(np.median(known))} if known else {})
 

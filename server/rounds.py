@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from common import exchange, measure, metrics, quantisation
+from common import exchange, measure, metrics, quantisation, received
 from common.calibration import measure_noise_std
 from common.errors import InvalidReply, QuorumNotReached
 from common.exchange import Prepared, Task
@@ -132,11 +132,7 @@ class Rounds:
         self._count_bytes()  # those before the round
         task = self._task(server_round, "train", "")
         record = exchange.task_record(task, form=plan.exchange.update)
-        messages = list(
-            self._strategy.configure_train(
-                server_round, record.array_records["arrays"], record.config_records["task"], self._grid
-            )
-        )
+        messages = list(self._strategy.configure_train(server_round, *_parts(record), self._grid))
         self._note_asked("round_started", messages, task, rounds=plan.rounds)
         valid: list[str] = []
         replies = self._valid_updates(messages, server_round=server_round, valid=valid)
@@ -207,9 +203,11 @@ class Rounds:
             self._attend(name, replace(seen, valid=seen.valid + 1, training_tasks=seen.training_tasks + 1))
             self._trail.record("reply", round=server_round, site=name)
             assert reply is not None
-            reply.content = exchange.update_record(update)  # in fp32, for Flower's strategies
+            if self._plan.exchange.update != "fp32":  # for Flower's strategies
+                reply.content = exchange.update_record(update)
+            del content, update
             yield reply
-            del reply, content, update
+            del reply
 
     def _max_norm(self, site: Prepared) -> float:
         asked = self._plan.strategy.max_update_norm
@@ -246,11 +244,7 @@ class Rounds:
     def _evaluate(self, part: str, server_round: int) -> Released:
         task = self._task(server_round, "evaluate", part)
         record = exchange.task_record(task, form=self._plan.exchange.update)
-        messages = list(
-            self._strategy.configure_evaluate(
-                server_round, record.array_records["arrays"], record.config_records["task"], self._grid
-            )
-        )
+        messages = list(self._strategy.configure_evaluate(server_round, *_parts(record), self._grid))
         statistics: dict[str, Statistic] = {}
         noise_std: dict[str, float] = {}
         self._note_asked("evaluation_started", messages, task, part=part)
@@ -392,3 +386,7 @@ def _content(reply: Message | None) -> RecordDict:
         raise InvalidReply(f"error_{int(reply.error.code)}")
     exchange.require_accepted(reply.content)
     return reply.content
+
+
+def _parts(task: RecordDict) -> tuple[ArrayRecord, ConfigRecord]:
+    return received.part(task, "arrays", ArrayRecord), received.part(task, "task", ConfigRecord)

@@ -10,11 +10,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from common import exchange
+from common import exchange, received
 from common.model import FlatArray
 from common.strategy import Aggregation
 
 _LARGEST_TOTAL_WEIGHT_BITS = 28  # 268 million patients over all sites
+_PIECE = 1 << 18  # values at a time: what their sums need besides stays in the processor's cache
 
 
 class FixedPointSum:
@@ -41,13 +42,17 @@ class FixedPointSum:
         """
         if self._weight + weight >= 2**_LARGEST_TOTAL_WEIGHT_BITS:
             raise OverflowError("expected weights that sum to less than 2^28")
-        clipped = np.clip(values.astype(np.float64), -self._bound, self._bound)
-        self._sum += np.rint(clipped * self._scale).astype(np.int64) * weight
+        for start in range(0, len(values), _PIECE):
+            part = slice(start, start + _PIECE)
+            clipped = np.clip(values[part].astype(np.float64), -self._bound, self._bound)
+            self._sum[part] += np.rint(clipped * self._scale).astype(np.int64) * weight
         self._weight += weight
 
     def mean(self) -> FlatArray:
         """Returns the weighted mean, float32, (size,); of nothing it is zero."""
-        return (self._sum / (self._scale * max(self._weight, 1))).astype(np.float32)
+        found = np.empty(len(self._sum), dtype=np.float32)
+        np.divide(self._sum, self._scale * max(self._weight, 1), out=found, casting="same_kind")
+        return found
 
 
 def descended(
@@ -107,8 +112,8 @@ class FedAvg(Strategy):  # type: ignore[misc]
         total: FixedPointSum | None = None
         loss_sum = loss_weight = 0.0
         for reply in replies:
-            values = reply.content.array_records["arrays"]["update"].numpy()
-            metrics = reply.content.metric_records["metrics"]
+            values = received.content(received.part(reply.content, "arrays", ArrayRecord)["update"])
+            metrics = received.part(reply.content, "metrics", MetricRecord)
             weight = int(float(str(metrics["weight"])))
             total = total or FixedPointSum(len(values), bound=self._bound)
             total.add(values, weight=weight)

@@ -1,26 +1,48 @@
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
 
 import pytest
 
-FREED = """
-import resource, torch
 from client.memory import keep_freed_blocks
-assert keep_freed_blocks()
-for _ in range(20):
-    torch.ones(10_000_000)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    torch.ones(10_000_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+FREED = """
+import multiprocessing, resource, torch
+from client.worker import forkserver
+
+def faults(pipe):
+    for _ in range(20):
+        torch.ones(10_000_000)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(10_000_000)
+    pipe.send_bytes(str(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before).encode())
+
+if __name__ == "__main__":
+    ours, theirs = multiprocessing.Pipe()
+    process = forkserver().Process(target=faults, args=(theirs,))
+    process.start()
+    print(ours.recv_bytes().decode())
+    process.join()
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
-def test_a_block_that_was_freed_is_not_cleared_by_the_kernel_again() -> None:
+def test_a_block_that_a_worker_freed_is_not_cleared_by_the_kernel_again(tmp_path) -> None:
     """40 MB are ten thousand pages, and by default each would be a fault each time."""
-    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    (tmp_path / "freed.py").write_text(FREED)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "freed.py"], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
     assert int(done.stdout) < 1000
+
+
+def test_who_has_set_a_threshold_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "4096")
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    keep_freed_blocks()
+    assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "4096"
+    assert os.environ["MALLOC_MMAP_THRESHOLD_"] == str(2**30)

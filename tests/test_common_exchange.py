@@ -401,9 +401,9 @@ def test_changed_bytes_of_an_array_are_rejected_or_change_its_values(position: i
         assert (values.shape, str(values.dtype)) == ((3,), "float32")
 
 
-def test_values_that_were_read_may_be_written_to() -> None:
+def test_parameters_that_were_read_may_be_written_to() -> None:
     """torch warns of arrays that may not."""
-    assert read_update(update_record()).arrays["values"].flags.writeable
+    assert exchange.read_task(exchange.task_record(TASK)).parameters.flags.writeable
 
 
 def read_scored(record: RecordDict, *, exact: bool, **changes: Any) -> Scored:
