@@ -22,8 +22,10 @@ format: $(VENV)/installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Every figure of benchmarks/RESULTS.md, beside plain PyTorch, Opacus, Flower and NVIDIA FLARE: about an hour, on a machine with nothing else to do.
+BENCH ?=
 bench: $(VENV)/installed-dev
-	$(BIN)/python -m benchmarks.round_cost
+	$(BIN)/python -m benchmarks.page $(BENCH)
 
 # Coverage-guided fuzzing of every parser of outside bytes, ten minutes each; what is found goes to fuzz/.
 FUZZ ?= checkpoint dicom messages objects plan site table

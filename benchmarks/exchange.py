@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.figure import tell
 from common.quantisation import DTYPES
 from server.report import Report
 
@@ -48,14 +49,21 @@ def main() -> None:
             for form in found:
                 found[form].append(report(Path(place), *common, f"exchange.update={form}"))
                 print(seed, form, f"{found[form][-1].final.auroc_exact:.4f}", flush=True)
-    print(f"{'form':<6} {'up':>7} {'down':>7} {'AUROC':>7} {'least':>7} {'most':>7}")
+    fp32 = found.pop("fp32")
+    exact = [one.final.auroc_exact or 0.0 for one in fp32]
+    wanted = {"fp16": 0.51, "int8": 0.27}
     for form, reports in found.items():
-        up, down = (
-            sum(map(total, reports)) / sum(map(total, found["fp32"])) for total in (_bytes_up, _bytes_down)
-        )
+        for way, total in (("up", _bytes_up), ("down", _bytes_down)):
+            shares = [total(one) / total(full) for one, full in zip(reports, fp32, strict=True)]
+            tell(f"{form}, bytes {way} over fp32's", shares, at_most=wanted[form])
         scores = [one.final.auroc_exact or 0.0 for one in reports]
-        mean = statistics.mean(scores)
-        print(f"{form:<6} {up:>7.1%} {down:>7.1%} {mean:>7.4f} {min(scores):>7.4f} {max(scores):>7.4f}")
+        print(f"{form}: mean AUROC {statistics.mean(scores):.4f}, fp32 {statistics.mean(exact):.4f}")
+        tell_difference(f"{form}, mean AUROC less fp32's", scores, exact)
+
+
+def tell_difference(name: str, scores: list[float], others: list[float]) -> None:
+    """Tells how far apart two means over seeds are, without sign."""
+    tell(name, [abs(statistics.mean(scores) - statistics.mean(others))], at_most=0.005)
 
 
 def _bytes_up(one: Report) -> int:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.figure import tell
 from benchmarks.tree import Cost, measured
 
 COMMAND = str(Path(sys.executable).with_name("feverfew-simulate"))
@@ -103,7 +104,9 @@ def engines(place: Path, *, num_sites: int, rounds: int, runs: int) -> None:
             f"{shown([one.megabytes for one in costs])} MB in {costs[0].processes} processes"
         )
     ratios = [theirs.seconds / ours.seconds for ours, theirs in zip(local, flower, strict=True)]
-    print(f"flower / local: {shown(ratios)}", flush=True)
+    name = f"{num_sites} sites, {rounds} rounds"
+    tell(f"{name}, Flower's engine over ours", ratios, at_least=20.0)
+    tell(f"{name}, memory", [one.megabytes for one in local], unit="MB", at_most=500.0)
 
 
 def sizes(place: Path, *, rounds: int, runs: int, numbers: Sequence[int]) -> None:
@@ -118,11 +121,13 @@ def sizes(place: Path, *, rounds: int, runs: int, numbers: Sequence[int]) -> Non
         pairs = list(zip(found[number], found[numbers[0]], strict=True))
         print(
             f"{number:>5} sites: {shown([1e3 * seconds for seconds, _ in found[number]])} ms a round, "
-            f"{shown([size for _, size in found[number]])} MB; to {numbers[0]} sites "
-            f"{shown([ours[0] / least[0] for ours, least in pairs])} of the time, "
-            f"{shown([ours[1] / least[1] for ours, least in pairs])} of the memory",
+            f"{shown([size for _, size in found[number]])} MB",
             flush=True,
         )
+        if number != numbers[0]:
+            name = f"{number} sites over {numbers[0]}, 10 asked"
+            tell(f"{name}, time of a round", [ours[0] / least[0] for ours, least in pairs], at_most=1.3)
+            tell(f"{name}, memory", [ours[1] / least[1] for ours, least in pairs], at_most=1.2)
 
 
 def main() -> None:

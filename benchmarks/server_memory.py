@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from benchmarks.figure import tell
 
 if TYPE_CHECKING:
     from flwr.app import Message, RecordDict
@@ -119,17 +120,14 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(done.stderr)
             peaks.append(json.loads(done.stdout.splitlines()[-1]))
-    fewest = found[asked.sites[0]]
+    first = asked.sites[0]
     for number, peaks in found.items():
-        ratio = {
-            part: statistics.median(one[part] / other[part] for one, other in zip(peaks, fewest, strict=True))
-            for part in ("peak", "added")
-        }
-        told = ", ".join(f"{statistics.median(one[part] for one in peaks):.0f} MB {part}" for part in ratio)
-        print(
-            f"{number:>3} sites: {told}; {ratio['peak']:.2f} and {ratio['added']:.2f} times the first",
-            flush=True,
-        )
+        tell(f"coordinator's memory, {number} sites, 100 MB model", [one["peak"] for one in peaks], unit="MB")
+    for number in asked.sites[1:]:
+        ratios = [
+            one["added"] / other["added"] for one, other in zip(found[number], found[first], strict=True)
+        ]
+        tell(f"coordinator's memory, {number} sites over {first}", ratios, at_most=1.2)
 
 
 if __name__ == "__main__":
