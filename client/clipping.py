@@ -103,8 +103,9 @@ def patient_gradients(
     try:
         found: PatientGradients = BookKeeping(network, compute=compute)
     except NotSupported as reason:
-        logger.info("clipping by hooks: %s", reason)
+        logger.info("clipping=auto is by Opacus' hooks: %s", reason)
         return Hooks(network)
+    logger.info("clipping=auto is by book-keeping")
     return found
 
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from client.clipping import Clipping, PrivateGradient, split_noise
+from client.clipping import Clipping, PrivateGradient, patient_gradients, split_noise
 from client.gaussian import Gaussian
 from client.noise import Key
 from client.training import Batch
@@ -295,3 +295,23 @@ def test_closing_takes_everything_off_the_network(clipping: Clipping) -> None:
     again.accumulate(batch_of([[1.0, 0.0]], [1], [0]))
     again.finish()
     assert written(network) == pytest.approx([-0.5, 0.0, -0.5], abs=1e-6)
+
+
+class Scaled(nn.Module):
+    """A parameter of its own beside a layer: book-keeping does not know such a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(1))
+        self.inner = nn.Linear(2, 1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.inner(inputs) * self.scale
+        return found
+
+
+@pytest.mark.parametrize(("network", "way"), [(linear(), "book-keeping"), (Scaled(), "Opacus' hooks")])
+def test_auto_says_which_way_it_takes(network: nn.Module, way: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="feverfew.worker")
+    patient_gradients(network, clipping="auto").detach()
+    assert f"clipping=auto is by {way}" in caplog.text
