@@ -8,6 +8,7 @@ noise of a private run is its own, so AUROCs of single seeds differ also between
 from __future__ import annotations
 
 import argparse
+import secrets
 import statistics
 import subprocess
 import sys
@@ -23,8 +24,9 @@ COMMAND = str(Path(sys.executable).with_name("feverfew-simulate"))
 
 def report(place: Path, *overrides: str) -> Report:
     """Runs one simulation and returns its report."""
+    run = f"run-{secrets.token_hex(4)}"
     done = subprocess.run(
-        [COMMAND, "experiment=pneumonia", "hydra.run.dir=run", *overrides],
+        [COMMAND, "experiment=pneumonia", f"hydra.run.dir={run}", *overrides],
         cwd=place,
         capture_output=True,
         text=True,
@@ -32,7 +34,7 @@ def report(place: Path, *overrides: str) -> Report:
     )
     if done.returncode:
         raise SystemExit(done.stderr)
-    return Report.read(place / "run")
+    return Report.read(place / run)
 
 
 def main() -> None:
