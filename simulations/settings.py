@@ -119,11 +119,16 @@ def num_sites(source: Source) -> int:
 
 
 def require_resumable(settings: Settings, *, directory: Path) -> None:
-    """Checks that the folder of the run has one, where it is to go on.
+    """Checks that the folder of the run has one where it is to go on, and none where it is to begin.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it is the other way round.
     """
+    if not settings.resume and (directory / FILE).exists():
+        raise ConfigError(
+            f"Expected a folder without a run, found one in {directory}; go on with it by resume=true, or "
+            "name another with hydra.run.dir=..."
+        )
     if settings.resume and not (directory / FILE).exists():
         raise ConfigError(
             f"Expected a run to resume in {directory}, found none; name its folder with hydra.run.dir=..."

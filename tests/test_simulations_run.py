@@ -107,6 +107,9 @@ def test_a_run_leaves_its_files_and_a_table_and_can_be_resumed(sites: Path, tmp_
     assert 0 < (report.privacy.max_epsilon or 0) <= 3.0
     assert {name: entry.used for name, entry in report.participation.items()} == {"a": 60, "b": 60}
     assert "epsilon" in done.stdout and "report:" in done.stdout
+    over = simulate(tmp_path, *SMALL, f"data.directory={sites}", "hydra.run.dir=out")
+    assert over.returncode == 2 and "Expected a folder without a run" in over.stderr
+    assert Report.read(out) == report
     again = simulate(tmp_path, *SMALL, f"data.directory={sites}", "hydra.run.dir=out", "resume=true")
     assert again.returncode == 0, again.stderr
     assert Report.read(out).run == report.run
