@@ -40,12 +40,16 @@ class Figure:
             return f"at most {self.at_most:g}"
         return "" if self.at_least is None else f"at least {self.at_least:g}"
 
+    @property
+    def measured(self) -> str:
+        """Returns the median, the spread of several runs, and the unit."""
+        unit = f" {self.unit}" if self.unit else ""
+        spread = f" ({shown(self.least)} to {shown(self.most)})" if self.runs > 1 else ""
+        return f"{shown(self.median)}{spread}{unit}"
+
     def to_text(self) -> str:
         """Returns one line for a person."""
-        unit = f" {self.unit}" if self.unit else ""
-        more = f"; wanted {self.wanted}" if self.wanted else ""
-        spread = f" ({shown(self.least)} to {shown(self.most)})" if self.runs > 1 else ""
-        return f"{self.name}: {shown(self.median)}{spread}{unit}{more}"
+        return f"{self.name}: {self.measured}" + (f"; wanted {self.wanted}" if self.wanted else "")
 
 
 def tell(

@@ -100,9 +100,8 @@ def page(found: dict[str, Any]) -> str:
     ]
     for name in BENCHMARKS:
         for figure in figures_of(found.get(name)):
-            _, _, measured = figure.to_text().removeprefix(figure.name).partition(": ")
             met = {True: "met", False: "**missed**", None: ""}[figure.is_met]
-            lines.append(f"| {figure.name} | {measured.partition(';')[0]} | {figure.wanted} | {met} |")
+            lines.append(f"| {figure.name} | {figure.measured} | {figure.wanted} | {met} |")
     for name, part in found.items():
         about = f"{part['date']}, {part['seconds']} s; {part['machine']}."
         lines += ["", f"## `benchmarks/{name}.py`", "", about, "", "```", part["printed"].rstrip(), "```"]
@@ -119,7 +118,7 @@ def draw(figures: Sequence[Figure], file: Path) -> None:
     import matplotlib as mpl
 
     mpl.use("svg")
-    mpl.rcParams["svg.hashsalt"] = "feverfew"
+    mpl.rcParams |= {"svg.hashsalt": "feverfew", "svg.fonttype": "none"}
     from matplotlib import pyplot
 
     shares, names = [], []
@@ -148,8 +147,10 @@ def draw(figures: Sequence[Figure], file: Path) -> None:
 def main() -> None:
     """Runs what is asked for, all where nothing is, and writes the page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("benchmarks", nargs="*", choices=[[], *BENCHMARKS])
+    parser.add_argument("benchmarks", nargs="*", help=f"of {', '.join(BENCHMARKS)}; all where none is named")
     asked = parser.parse_args().benchmarks or list(BENCHMARKS)
+    if unknown := set(asked) - set(BENCHMARKS):
+        parser.error(f"expected benchmarks of {', '.join(BENCHMARKS)}, found {', '.join(sorted(unknown))}")
     kept = FOLDER / "RESULTS.json"
     found = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
     for name in asked:

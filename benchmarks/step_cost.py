@@ -49,7 +49,7 @@ WANTED = {
 
 
 def measure(name: str, way: str, *, cases_per_patient: int, threads: int, steps: int) -> dict[str, float]:
-    """Returns the seconds of a plain and of a private step, their median ratio, and the peak memory in MB."""
+    """Returns the seconds of a plain and of a private step, and their median ratio."""
     import torch
 
     torch.set_num_threads(threads)
@@ -149,7 +149,7 @@ def times(name: str, *, threads: Sequence[int], steps: int, runs: int) -> None:
         found = {way: _apart(name, way, *(few if way in OPACUS else settings)) for way in WAYS}
         for way, one in found.items():
             if one is None:
-                print(f"{name}, {way}: does not know this network")
+                print(f"{name}, {way}: not for this network")
                 continue
             told = f"{one['private'] * 1e3:.0f} ms over {one['plain'] * 1e3:.0f} ms"
             print(
@@ -158,10 +158,10 @@ def times(name: str, *, threads: Sequence[int], steps: int, runs: int) -> None:
         for way, wanted in WANTED.get(name, {}).items():
             again = [found[way], *(_apart(name, way, *settings) for _ in range(runs - 1))]
             ratios = [one["ratio"] for one in again]
-            tell(f"{name}, {way} over plain, threads: {number}", ratios, at_most=wanted)
+            tell(f"{name}, private step ({way}) over plain, threads: {number}", ratios, at_most=wanted)
         best = min(one["ratio"] for way, one in found.items() if way in OPACUS and one is not None)
         ratio = found["bookkeeping"]["ratio"] / best
-        tell(f"{name}, book-keeping over Opacus' best way, threads: {number}", [ratio], at_most=1.0)
+        tell(f"{name}, bookkeeping over Opacus' best way, threads: {number}", [ratio], at_most=1.0)
 
 
 def memory(name: str, *, cases_per_patient: int, runs: int) -> None:

@@ -238,21 +238,26 @@ def test_detached_layers_have_their_own_forward_again() -> None:
     positions=st.integers(1, 3),
     seed=st.integers(0, 2**31),
     scale=st.sampled_from([1e-3, 1.0, 1e4]),
+    shape=st.sampled_from([(4, 5), (40, 50)]),
 )
 def test_no_patient_of_products_is_longer_than_its_norm_says(
-    cases: list[int], positions: int, seed: int, scale: float
+    cases: list[int], positions: int, seed: int, scale: float, shape: tuple[int, int]
 ) -> None:
-    """Also where cases cancel: norms of products are differences of large numbers then."""
+    """Also where cases cancel: norms of products are differences of large numbers then. Those of the small
+    shape are taken of the gradients themselves, those of the large one mostly of Gram matrices."""
     torch.manual_seed(seed)
-    left = torch.randn(sum(cases), 4, positions) * scale
-    right = torch.randn(1, 5, positions).expand(sum(cases), -1, -1) + 1e-4 * torch.randn(
-        sum(cases), 5, positions
+    rows, columns = shape
+    left = torch.randn(sum(cases), rows, positions) * scale
+    right = torch.randn(1, columns, positions).expand(sum(cases), -1, -1) + 1e-4 * torch.randn(
+        sum(cases), columns, positions
     )
     owners = torch.repeat_interleave(torch.arange(len(cases)), torch.tensor(cases))
     first = torch.searchsorted(owners, torch.arange(len(cases)))
-    left[first] -= torch.zeros(len(cases), 4, positions).index_add_(0, owners, left)  # a patient's sum is 0
+    left[first] -= torch.zeros(len(cases), rows, positions).index_add_(
+        0, owners, left
+    )  # a patient's sum is 0
     shares = (1.0 / torch.tensor(cases))[owners]
-    products = Products(left, right, torch.Size([4, 5]), owners, shares, len(cases))
+    products = Products(left, right, torch.Size(shape), owners, shares, len(cases))
     told = products.squared_norms().sqrt()
     for patient in range(len(cases)):
         alone = products.weighted_sum(torch.eye(len(cases))[patient])
@@ -308,21 +313,24 @@ def test_contributions_are_no_part_of_a_graph(changes: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("counts", [[1, 1, 1], [2, 1, 3], [2, 2], [0, 3, 1]])
 @pytest.mark.parametrize("positions", [1, 2, 9])
-def test_norms_of_products_and_patches_are_those_of_their_rows(counts: list[int], positions: int) -> None:
+@pytest.mark.parametrize("rows", [4, 40])
+def test_norms_of_products_and_patches_are_those_of_their_rows(
+    counts: list[int], positions: int, rows: int
+) -> None:
     torch.manual_seed(0)
     cases = sum(counts)
     owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
     shares = (1.0 / torch.tensor(counts).clamp(min=1))[owners]
     of_patients = (owners, shares, len(counts))
-    left, right = torch.randn(cases, 4, positions), torch.randn(cases, 50, positions)
-    outer, inputs = torch.randn(cases, 4, 1, positions), torch.randn(cases, 3, 3, positions)
+    left, right = torch.randn(cases, rows, positions), torch.randn(cases, 50, positions)
+    outer, inputs = torch.randn(cases, rows, 1, positions), torch.randn(cases, 3, 3, positions)
     geometry = ((3, 1), (1, 1), (1, 1))
     for found in (
-        Products(left, right, torch.Size([4, 50]), *of_patients),
-        Patches(outer, inputs, geometry, torch.Size([4, 3, 3, 3]), *of_patients),
+        Products(left, right, torch.Size([rows, 50]), *of_patients),
+        Patches(outer, inputs, geometry, torch.Size([rows, 3, 3, 3]), *of_patients),
     ):
-        rows, weights = found.rows(), torch.rand(len(counts))
+        told, weights = found.rows(), torch.rand(len(counts))
         torch.testing.assert_close(
-            found.squared_norms(), rows.flatten(1).square().sum(dim=1), rtol=1e-4, atol=1e-4
+            found.squared_norms(), told.flatten(1).square().sum(dim=1), rtol=1e-4, atol=1e-4
         )
-        torch.testing.assert_close(found.weighted_sum(weights), torch.einsum("p,p...->...", weights, rows))
+        torch.testing.assert_close(found.weighted_sum(weights), torch.einsum("p,p...->...", weights, told))

@@ -401,6 +401,12 @@ def test_changed_bytes_of_an_array_are_rejected_or_change_its_values(position: i
         assert (values.shape, str(values.dtype)) == ((3,), "float32")
 
 
+def test_task_whose_arrays_are_something_else_is_malformed() -> None:
+    record = exchange.task_record(TASK)
+    record["arrays"] = ConfigRecord({"parameters": 1.0})
+    assert refused_task(record) == "malformed_task"
+
+
 def test_parameters_that_were_read_may_be_written_to() -> None:
     """torch warns of arrays that may not."""
     assert exchange.read_task(exchange.task_record(TASK)).parameters.flags.writeable

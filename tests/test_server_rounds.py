@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import math
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -134,6 +136,31 @@ def test_the_model_moves_by_the_mean_update_of_every_round(tmp_path: Path) -> No
     rounds = run(plan, nodes, tmp_path)
     np.testing.assert_allclose(moved(rounds, plan), 2 * 0.25, atol=1e-6)
     assert [entry.sites_valid for entry in rounds.state.rounds] == [4, 4]
+
+
+def test_no_reply_is_kept_once_it_is_added(tmp_path: Path) -> None:
+    """Not even until the garbage collector comes, which counts objects and not their 100 MB."""
+    plan = tiny_plan()
+    made: list[weakref.ref[RecordDict]] = []
+    alive: list[int] = []
+
+    def watched(behave: Behaviour) -> Behaviour:
+        def answer(message: Message) -> Message | None:
+            alive.append(sum(one() is not None for one in made))
+            reply = behave(message)
+            if reply is not None and message.metadata.message_type == exchange.TRAIN:
+                made.append(weakref.ref(reply.content))
+            return reply
+
+        return answer
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(plan, {f"s{i}": watched(site(plan, f"s{i}", 0.5)) for i in range(4)}, tmp_path)
+    finally:
+        gc.enable()
+    assert len(made) == 8 and max(alive) == 0
 
 
 def test_server_learning_rate_scales_the_mean_update(tmp_path: Path) -> None:
