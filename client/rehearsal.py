@@ -19,6 +19,7 @@ from client.cost import planned_spends
 from client.policies import EVERY_PLAN
 from client.site import Site
 from common import exchange, model
+from common.arrays import unpacked
 from common.exchange import Prepared, Task
 from common.plan import Plan
 
@@ -98,7 +99,7 @@ def fields(message: str, record: RecordDict) -> Iterator[Field]:
     for name, part in record.items():
         for key, value in part.items():
             if isinstance(part, ArrayRecord):
-                array = value.numpy()
+                array = unpacked(value)
                 kind = f"{array.dtype} {array.shape}"
                 shown = ", ".join(f"{number:.4g}" for number in array.reshape(-1)[:_SHOWN_VALUES])
                 text = shown + (", ..." if array.size > _SHOWN_VALUES else "")

@@ -11,6 +11,7 @@ the next run.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import math
 import re
@@ -19,18 +20,20 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from common import quantisation, received
+from common.arrays import FloatArray, packed, unpacked
 from common.chain import Head
 from common.errors import InvalidReply, Refusal
 from common.measure import ANY, ArrayKind
 from common.model import FlatArray
 from common.quantisation import BLOCK, Form
-from common.received import FloatArray
 
 PREPARE, TRAIN, EVALUATE, DELIVER = "query.prepare", "train", "evaluate", "query.deliver"
 LANDMARKS = "query.landmarks"
+
+_HASH_BYTES, _MOST_SIGNATURE_BYTES = 32, 192
 
 Purpose = Literal["prepare", "train", "evaluate", "landmarks", "deliver"]
 STATUSES = frozenset(("approved", "waiting", "declined", "incompatible"))
@@ -125,8 +128,8 @@ def task_record(task: Task, *, form: Form = "fp32") -> RecordDict:
 
 def attach_head(record: RecordDict, head: Head) -> None:
     """Adds the last row of a site's ledger to a message: sites send it, coordinators send it back."""
-    fields = {"number": head.number, "hash": head.hash, "signature": head.signature}
-    record["ledger"] = ConfigRecord(fields)
+    digest, signature = bytes.fromhex(head.hash), base64.b64decode(head.signature)
+    record["ledger"] = ConfigRecord({"number": head.number, "hash": digest, "signature": signature})
 
 
 def detach_head(record: RecordDict) -> Head | None:
@@ -140,8 +143,13 @@ def detach_head(record: RecordDict) -> Head | None:
     fields = record.pop("ledger")
     if not isinstance(fields, ConfigRecord) or set(fields) != {"number", "hash", "signature"}:
         raise ValueError("expected number, hash and signature of a row")
-    number, digest = received.count(fields["number"]), received.text(fields["hash"])
-    return Head(number=number, hash=digest, signature=received.text(fields["signature"]))
+    digest, signature = fields["hash"], fields["signature"]
+    if not isinstance(digest, bytes) or len(digest) != _HASH_BYTES:
+        raise ValueError("expected the hash of a row")
+    if not isinstance(signature, bytes) or len(signature) > _MOST_SIGNATURE_BYTES:
+        raise ValueError("expected a signature")
+    encoded = base64.b64encode(signature).decode("ascii")
+    return Head(number=received.count(fields["number"]), hash=digest.hex(), signature=encoded)
 
 
 def read_task(record: RecordDict) -> Task:
@@ -173,13 +181,13 @@ def read_task(record: RecordDict) -> Task:
 
 def _array_record(name: str, arrays: Mapping[str, FloatArray]) -> ArrayRecord:
     """Packs what ``common.quantisation.quantised`` returns, its values under a name of their own."""
-    return ArrayRecord({name if key == "values" else key: Array(value) for key, value in arrays.items()})
+    return ArrayRecord({name if key == "values" else key: packed(value) for key, value in arrays.items()})
 
 
 def _parameters(arrays: ArrayRecord) -> FlatArray:
     if not {"parameters"} <= set(arrays) <= {"parameters", "scales"}:
         raise ValueError("expected parameters, and nothing but scales beside them")
-    found = {name: received.content(array) for name, array in arrays.items()}
+    found = {name: unpacked(array) for name, array in arrays.items()}
     return quantisation.restored({"values": found.pop("parameters"), **found}).copy()  # trained in place
 
 
@@ -318,7 +326,7 @@ def scored_record(scored: Scored) -> RecordDict:
     """Packs an evaluation reply."""
     return RecordDict(
         {
-            "arrays": ArrayRecord({name: Array(value) for name, value in scored.arrays.items()}),
+            "arrays": ArrayRecord({name: packed(value) for name, value in scored.arrays.items()}),
             "metrics": MetricRecord({"server-round": scored.server_round}),
         }
     )

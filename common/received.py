@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
+from common.arrays import FloatArray, unpacked
 from common.errors import InvalidReply
 
-FloatArray = np.ndarray[Any, np.dtype[Any]]
 Part = TypeVar("Part", ArrayRecord, ConfigRecord, MetricRecord)
 
 
@@ -26,35 +26,12 @@ def decoded(array: Array, *, shape: tuple[int, ...], dtype: str) -> FloatArray:
     if array.dtype != dtype:
         raise InvalidReply("dtype")
     try:
-        values = content(array)
+        values = unpacked(array)
     except ValueError:
         raise InvalidReply("shape") from None
     if not np.isfinite(values).all():
         raise InvalidReply("non_finite")
     return values
-
-
-def content(array: Array) -> FloatArray:
-    """Returns the values of an array that came from elsewhere; read-only, in the memory that they came in.
-
-    Not by numpy's reader, which allocates whatever a header claims, opens archives, and raises errors of
-    half a dozen kinds.
-
-    Raises:
-        ValueError: the bytes are not an npy file of exactly the declared shape and dtype.
-    """
-    try:
-        dtype = np.dtype(array.dtype)
-    except TypeError:
-        raise ValueError("expected the name of a dtype") from None
-    shape = tuple(array.shape)
-    start = 10 + int.from_bytes(array.data[8:10], "little")
-    header = f"{{'descr': {dtype.str!r}, 'fortran_order': False, 'shape': {shape!r}, }}"
-    if array.stype != "numpy.ndarray" or array.data[:8] != b"\x93NUMPY\x01\x00":
-        raise ValueError("expected an npy file")
-    if array.data[10:start].decode("latin1").rstrip() != header:
-        raise ValueError(f"expected an npy file with the header {header}")
-    return np.frombuffer(array.data, dtype, offset=start).reshape(shape)
 
 
 def part(record: RecordDict, name: str, kind: type[Part]) -> Part:

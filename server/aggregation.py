@@ -16,6 +16,7 @@ from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
 
 from common import received
+from common.arrays import packed, unpacked
 from common.plan import Plan
 from common.strategy import Aggregation, Bulyan, FedMedian, FedTrimmedAvg, Krum, MultiKrum
 from server.strategy import FedAvg
@@ -93,7 +94,7 @@ class Robust(FedAvg):
         if arrays is None or metrics is None:
             return None, None
         update = arrays["update"].numpy().astype(np.float32)
-        return ArrayRecord({"update": Array(update)}), metrics
+        return ArrayRecord({"update": packed(update)}), metrics
 
 
 def selected_by_krum(
@@ -118,7 +119,7 @@ def selected_by_krum(
 
 def _prepared(content: RecordDict) -> RecordDict:
     """Keeps what is aggregated; in float64, since Flower's distances are differences of large numbers."""
-    values = _update(content).numpy().astype(np.float64)
+    values = unpacked(_update(content)).astype(np.float64)
     said = received.part(content, "metrics", MetricRecord)
     metrics = {WEIGHT: float(str(said[WEIGHT])), LOSS: float(str(said.get(LOSS, "nan")))}
     return RecordDict(

@@ -25,8 +25,10 @@ class Heads:
 
     def of(self, site: str) -> Head | None:
         """Returns the last row that a site sent; None where it never sent one, or the file is damaged."""
+        carrier = RecordDict()
         try:
-            return Head(**json.loads(self._path(site).read_text(encoding="ascii")))
+            exchange.attach_head(carrier, Head(**json.loads(self._path(site).read_text(encoding="ascii"))))
+            return exchange.detach_head(carrier)  # what could not be sent is damaged
         except (OSError, ValueError, TypeError):
             return None
 

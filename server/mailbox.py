@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -41,6 +42,15 @@ class Bytes:
     up: int = 0
 
 
+@runtime_checkable
+class Knowing(Protocol):
+    """A grid that is told of replies, and need not be asked for each."""
+
+    def arrived(self, message_ids: Iterable[str], *, seconds: float) -> list[str]:
+        """Returns which of these messages have a reply; waits at most so long for a first one."""
+        ...
+
+
 class Mailbox:
     """Sends messages through Flower's Grid and yields what comes back before a deadline.
 
@@ -69,13 +79,16 @@ class Mailbox:
         lost: Counter[int] = Counter()  # by node: replies of which not all came
         start = time.monotonic()
         is_last_look = False
+        pause = 0.0
         while (pending or again) and not is_last_look:
             arrived = False
+            ready = self._after(pause, pending)
             began = time.monotonic()
             # Flower waits for the rest of a reply that was begun, while those of others lie ready: all get a
             # look after the deadline.
             is_last_look = began >= start + deadline_seconds
-            for message_id, message in list(pending.items()):
+            for message_id in ready:
+                message = pending[message_id]
                 try:
                     reply = self._pull(message_id)
                 except UNREADABLE:  # one site's broken reply must not end the run of all
@@ -88,8 +101,8 @@ class Mailbox:
                 if reply.has_error() and reply.error.code in _LOST:
                     node = message.metadata.dst_node_id
                     lost[node] += reply.error.code != ErrorCode.NODE_UNAVAILABLE
-                    pause = min(_PUSH_AGAIN_SECONDS * 2 ** lost[node], _LONGEST_PUSH_AGAIN_SECONDS)
-                    again[node] = (time.monotonic() + pause, message)
+                    delay = min(_PUSH_AGAIN_SECONDS * 2 ** lost[node], _LONGEST_PUSH_AGAIN_SECONDS)
+                    again[node] = (time.monotonic() + delay, message)
                     self._lost.append(node)
                     continue
                 yield message.metadata.dst_node_id, reply
@@ -100,10 +113,9 @@ class Mailbox:
                 pushed = self._push(fresh)
                 yield from self._refused(fresh, pushed)
                 pending |= pushed
-            if not arrived and not is_last_look:
-                now = time.monotonic()
-                pause = max((now - start) * _PAUSE_FRACTION, (now - began) * _PAUSE_TO_POLL)
-                time.sleep(min(max(pause, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS))
+            now = time.monotonic()
+            pause = max((now - start) * _PAUSE_FRACTION, (now - began) * _PAUSE_TO_POLL)
+            pause = 0.0 if arrived else min(max(pause, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
         for message_id, message in pending.items():
             metadata = message.metadata
             self._overdue[message_id] = Late(node=metadata.dst_node_id, group=metadata.group_id)
@@ -155,6 +167,13 @@ class Mailbox:
         for message in messages:
             if message.metadata.dst_node_id not in taken:
                 yield message.metadata.dst_node_id, None
+
+    def _after(self, seconds: float, pending: Mapping[str, Message]) -> list[str]:
+        """Returns the messages to look at: after a pause, or as soon as a grid knows what is there."""
+        if isinstance(self._grid, Knowing):
+            return self._grid.arrived(pending, seconds=seconds)
+        time.sleep(seconds)
+        return list(pending)
 
     def _pull(self, message_id: str) -> Message | None:
         """Returns the first reply to a message; further ones are never looked at."""

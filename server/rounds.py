@@ -13,6 +13,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from common import exchange, measure, metrics, quantisation, received
+from common.arrays import unpacked
 from common.calibration import measure_noise_std
 from common.errors import InvalidReply, QuorumNotReached
 from common.exchange import Prepared, Task
@@ -154,7 +155,7 @@ class Rounds:
             train_loss=None if loss is None else float(str(loss)),
         )
         parameters, velocity = descended(
-            self.state.parameters, self.state.velocity, arrays["update"].numpy(), asked=plan.strategy
+            self.state.parameters, self.state.velocity, unpacked(arrays["update"]), asked=plan.strategy
         )
         if server_round == plan.rounds:
             parameters = self._carried(parameters)  # the model that sites test and keep is the result

@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from common import exchange, received
+from common.arrays import packed, unpacked
 from common.model import FlatArray
 from common.strategy import Aggregation
 
@@ -112,7 +113,7 @@ class FedAvg(Strategy):  # type: ignore[misc]
         total: FixedPointSum | None = None
         loss_sum = loss_weight = 0.0
         for reply in replies:
-            values = received.content(received.part(reply.content, "arrays", ArrayRecord)["update"])
+            values = unpacked(received.part(reply.content, "arrays", ArrayRecord)["update"])
             metrics = received.part(reply.content, "metrics", MetricRecord)
             weight = int(float(str(metrics["weight"])))
             total = total or FixedPointSum(len(values), bound=self._bound)
@@ -124,7 +125,7 @@ class FedAvg(Strategy):  # type: ignore[misc]
         if total is None:
             return None, None
         metrics_out = MetricRecord({"train-loss": loss_sum / loss_weight} if loss_weight else {})
-        return ArrayRecord({"update": Array(total.mean())}), metrics_out
+        return ArrayRecord({"update": packed(total.mean())}), metrics_out
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Nothing to do: score statistics are merged, not averaged (``server/rounds.py``)."""

@@ -23,7 +23,7 @@ from server.app import app as server_app
 from simulations.workers import Workers
 
 RUN_ID = 1
-_WAIT_SECONDS = 0.05
+_LOOK_SECONDS = 0.5
 _MOST_DEATHS = 3
 """Workers that a task may cost, one that needs too much memory above all; then its site has failed."""
 
@@ -104,13 +104,18 @@ class LocalGrid(Grid):  # type: ignore[misc]
         self._start_idle()
         return ids
 
+    def arrived(self, message_ids: Iterable[str], *, seconds: float) -> list[str]:
+        """Returns which of these messages have a reply; waits at most so long for a first one."""
+        wanted = set(message_ids)
+        self._collect(0.0)
+        if wanted.isdisjoint(self._replies):
+            self._collect(seconds)
+        return [message_id for message_id in self._replies if message_id in wanted]
+
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Returns the replies that are there; waits a moment where nothing is."""
-        wanted = list(message_ids)
-        begun = {message.metadata.message_id for message in self._doing if message is not None}
-        if not begun.isdisjoint(wanted):  # what nobody has begun cannot be there
-            self._collect(0.0 if self._replies else _WAIT_SECONDS)
-        return [self._replies.pop(message_id) for message_id in wanted if message_id in self._replies]
+        """Returns the replies that are there."""
+        self._collect(0.0)
+        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -119,10 +124,9 @@ class LocalGrid(Grid):  # type: ignore[misc]
         pending = set(self.push_messages(messages))
         end = time.monotonic() + (float("inf") if timeout is None else timeout)
         while pending and time.monotonic() < end:
-            for message_id in list(pending):
-                for reply in self.pull_messages([message_id]):
-                    pending.discard(message_id)
-                    yield reply
+            for message_id in self.arrived(pending, seconds=_LOOK_SECONDS):
+                pending.discard(message_id)
+                yield from self.pull_messages([message_id])
 
     def _start_idle(self) -> None:
         for number, worker in enumerate(self._workers):

@@ -68,11 +68,12 @@ def _owned(point: str) -> str:
 def _poisoned(reply: Any) -> Any:
     """Returns an update with a value that is no number; anything else as it is."""
     import numpy as np
-    from flwr.app import Array
+
+    from common.arrays import packed, unpacked
 
     if not reply.has_error() and "update" in reply.content.array_records.get("arrays", {}):
         arrays = reply.content.array_records["arrays"]
-        arrays["update"] = Array(np.full_like(arrays["update"].numpy(), np.nan))
+        arrays["update"] = packed(np.full_like(unpacked(arrays["update"]), np.nan))
     return reply
 
 

@@ -10,9 +10,10 @@ import hashlib
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from common import flower
+from common.arrays import packed
 
 MOST_BYTES = 4096
 
@@ -22,17 +23,17 @@ def _seed(record: RecordDict) -> bytes:
     message = Message(record, 7, "train")
     objects = flower.get_all_nested_objects(message)
     order = list(reversed(list(objects)))
-    packed = b""
+    parcel = b""
     for name in order:
         content = objects[name].deflate()
         for place, other in enumerate(order):
             content = content.replace(other.encode(), f"@{place}".encode())
-        packed += len(content).to_bytes(4, "big") + content
-    return packed
+        parcel += len(content).to_bytes(4, "big") + content
+    return parcel
 
 
 SEEDS = [
-    _seed(RecordDict({"arrays": ArrayRecord({"update": Array(np.zeros(3, np.float32))})})),
+    _seed(RecordDict({"arrays": ArrayRecord({"update": packed(np.zeros(3, np.float32))})})),
     _seed(RecordDict({"task": ConfigRecord({"run": "r"}), "metrics": MetricRecord({"weight": 1.0})})),
 ]
 

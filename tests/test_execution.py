@@ -24,6 +24,7 @@ from client.cohort import open_cohort
 from client.site import read_settings
 from client.table import Table
 from common import exchange, flower
+from common.arrays import STYPE
 from common.errors import FeverfewError
 from common.invitation import Invitation
 from common.plan import Plan
@@ -151,7 +152,7 @@ def yaml_of(mark: Path) -> str:
 def _message(mark: Path, place: Path) -> None:
     flower.set_identity(1, node_id=1)
     for dtype in ("float32", "object", "O"):
-        array = Array(dtype=dtype, shape=(3,), stype="numpy.ndarray", data=objects(mark))
+        array = Array(dtype=dtype, shape=(3,), stype=STYPE, data=objects(mark))
         sent = Message(RecordDict({"arrays": ArrayRecord({"parameters": array})}), 7, "train")
         got = flower.unpack_message(flower.pack_message(sent)).content
         task = exchange.task_record(_task())
@@ -160,7 +161,7 @@ def _message(mark: Path, place: Path) -> None:
 
 def _update(mark: Path, place: Path) -> None:
     for data in (objects(mark), pickle.dumps(Payload(mark))):
-        array = Array(dtype="float32", shape=(3,), stype="numpy.ndarray", data=data)
+        array = Array(dtype="float32", shape=(3,), stype=STYPE, data=data)
         good = exchange.update_record(
             exchange.Update(
                 server_round=1, arrays={"values": np.zeros(3, np.float32)}, weight=1, train_loss=None

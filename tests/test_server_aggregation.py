@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import exchange, flower, model
+from common.arrays import unpacked
 from common.config import compose_plan
 from common.errors import ConfigError, QuorumNotReached
 from common.exchange import Update
@@ -55,7 +56,7 @@ def messages(
 def aggregated(plan: Plan, updates: Array, **said: Any) -> Array:
     arrays, _ = strategy_of(plan, nodes=lambda purpose: []).aggregate_train(1, messages(updates, **said))
     assert arrays is not None
-    found: Array = arrays["update"].numpy()
+    found: Array = unpacked(arrays["update"])
     assert found.dtype == np.float32
     return found
 

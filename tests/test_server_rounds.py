@@ -19,7 +19,9 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from google.protobuf.message import DecodeError
 
 from common import exchange, metrics, model
+from common.arrays import STYPE, packed, unpacked
 from common.calibration import measure_noise_std
+from common.chain import Head
 from common.errors import QuorumNotReached
 from common.exchange import Prepared, Scored, Task, Update
 from common.flower import ErrorCode
@@ -194,7 +196,7 @@ def _with_metrics(record: RecordDict, **fields: float) -> RecordDict:
 
 
 def _values(record: RecordDict) -> np.ndarray[Any, Any]:
-    return np.asarray(record.array_records["arrays"]["update"].numpy())
+    return unpacked(record.array_records["arrays"]["update"])
 
 
 MISBEHAVIOUR: dict[str, tuple[Edit, str]] = {
@@ -202,16 +204,16 @@ MISBEHAVIOUR: dict[str, tuple[Edit, str]] = {
     "dies": (_dies, "error_8"),
     "refuses": (lambda r, m: exchange.refusal_record("budget_exceeded"), "refused_budget_exceeded"),
     "refuses with text": (lambda r, m: exchange.refusal_record("Mr Smith /data/x.dcm"), "refused"),
-    "NaN": (lambda r, m: _edited(r, "update", Array(_values(r) * np.float32("nan"))), "non_finite"),
-    "infinity": (lambda r, m: _edited(r, "update", Array(_values(r) * np.float32("inf"))), "non_finite"),
-    "wrong shape": (lambda r, m: _edited(r, "update", Array(_values(r)[:-1])), "shape"),
-    "two-dimensional": (lambda r, m: _edited(r, "update", Array(_values(r)[None])), "shape"),
+    "NaN": (lambda r, m: _edited(r, "update", packed(_values(r) * np.float32("nan"))), "non_finite"),
+    "infinity": (lambda r, m: _edited(r, "update", packed(_values(r) * np.float32("inf"))), "non_finite"),
+    "wrong shape": (lambda r, m: _edited(r, "update", packed(_values(r)[:-1])), "shape"),
+    "two-dimensional": (lambda r, m: _edited(r, "update", packed(_values(r)[None])), "shape"),
     "lying shape": (
         lambda r, m: _edited(r, "update", _lying(_values(r))),
         "shape",
     ),
-    "float64": (lambda r, m: _edited(r, "update", Array(_values(r).astype(np.float64))), "dtype"),
-    "other key": (lambda r, m: _edited(r, "weights", Array(_values(r))), "records"),
+    "float64": (lambda r, m: _edited(r, "update", packed(_values(r).astype(np.float64))), "dtype"),
+    "other key": (lambda r, m: _edited(r, "weights", packed(_values(r))), "records"),
     "no metrics": (lambda r, m: RecordDict({"arrays": r["arrays"]}), "records"),
     "extra record": (lambda r, m: RecordDict({**r, "more": ConfigRecord({"patient": "x"})}), "records"),
     "extra metric": (lambda r, m: _with_metrics(r, **{"num-examples": 3}), "records"),
@@ -221,10 +223,10 @@ MISBEHAVIOUR: dict[str, tuple[Edit, str]] = {
     "NaN weight": (lambda r, m: _with_metrics(r, weight=float("nan")), "non_finite"),
     "other round": (lambda r, m: _with_metrics(r, **{"server-round": 7}), "server_round"),
     "executable": (lambda r, m: _edited(r, "update", _executable(_values(r))), "shape"),
-    "a million parts": (lambda r, m: _edited(r, "update", Array(np.tile(_values(r), 1000))), "shape"),
+    "a million parts": (lambda r, m: _edited(r, "update", packed(np.tile(_values(r), 1000))), "shape"),
     "text as weight": (lambda r, m: RecordDict({**r, "metrics": ConfigRecord({"weight": "1"})}), "records"),
-    "large norm": (lambda r, m: _edited(r, "update", Array(_values(r) * 0 + np.float32(9))), "norm"),
-    "out of bound": (lambda r, m: _edited(r, "update", Array(_values(r) + np.float32(1e3))), "out_of_bound"),
+    "large norm": (lambda r, m: _edited(r, "update", packed(_values(r) * 0 + np.float32(9))), "norm"),
+    "out of bound": (lambda r, m: _edited(r, "update", packed(_values(r) + np.float32(1e3))), "out_of_bound"),
     "silent": (lambda r, m: None, "missing"),
 }
 
@@ -238,11 +240,11 @@ def _executable(values: np.ndarray[Any, Any]) -> Array:
     """An array of objects, which numpy would unpickle, that says it is what it should be."""
     stream = io.BytesIO()
     np.save(stream, np.array([_Trap()] * len(values)), allow_pickle=True)
-    return Array(dtype="float32", shape=values.shape, stype="numpy.ndarray", data=stream.getvalue())
+    return Array(dtype="float32", shape=values.shape, stype=STYPE, data=stream.getvalue())
 
 
 def _lying(values: np.ndarray[Any, Any]) -> Array:
-    honest = Array(np.zeros(3, dtype=np.float32))
+    honest = packed(np.zeros(3, dtype=np.float32))
     return Array(dtype="float32", shape=tuple(values.shape), stype=honest.stype, data=honest.data)
 
 
@@ -300,7 +302,7 @@ class RepeatingGrid(InlineGrid):
         for reply in super().pull_messages(message_ids):
             yield reply
             if "arrays" in reply.content:
-                twice = _edited(reply.content, "update", Array(_values(reply.content) * np.float32(8)))
+                twice = _edited(reply.content, "update", packed(_values(reply.content) * np.float32(8)))
                 yield Message(twice, reply_to=self.pushed[-1])
 
 
@@ -696,7 +698,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path: Path, 
     def nodes(dies_in: str) -> dict[str, Behaviour]:
         def edit(record: RecordDict, message: Message) -> RecordDict | Message:
             values = _values(record) * np.float32(0.1) * np.float32(message.metadata.group_id)
-            good = _edited(record, "update", Array(values.astype(np.float32)))
+            good = _edited(record, "update", packed(values.astype(np.float32)))
             return _dies(record, message) if message.metadata.group_id == dies_in else good
 
         return {name: site(plan, name, step, edit=edit) for name, step in (("a", 0.3), ("b", 0.7))}
@@ -823,3 +825,17 @@ def test_the_report_has_the_bytes_of_each_round_and_of_each_site(tmp_path: Path)
     for part in report.participation.values():
         assert 4 * model_bytes < part.bytes_down < 4 * model_bytes + 5000
         assert 3 * model_bytes < part.bytes_up < 3 * model_bytes + 4000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no JSON", "[]", "{}", '{"number": 1, "hash": "zz", "signature": ""}']
+    + ['{"number": "1", "hash": "", "signature": ""}', '{"number": 1, "hash": 5, "signature": ""}'],
+)
+def test_a_damaged_file_of_a_head_counts_as_none(text: str, tmp_path: Path) -> None:
+    heads = Heads(tmp_path)
+    (tmp_path / "a.json").write_text(text)
+    assert heads.of("a") is None
+    head = Head(number=1, hash="00" * 32, signature="AAEC")
+    heads.keep("a", head)
+    assert heads.of("a") == head

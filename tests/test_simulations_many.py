@@ -123,15 +123,9 @@ class Killing(engine.LocalGrid):
 
     deaths = 1
 
-    def push_messages(self, messages: Any) -> Any:
-        ids = super().push_messages(messages)
+    def _start_idle(self) -> None:
+        super()._start_idle()
         self.kill_one()
-        return ids
-
-    def pull_messages(self, message_ids: Any) -> Any:
-        found = super().pull_messages(message_ids)
-        self.kill_one()
-        return found
 
     def kill_one(self) -> None:
         for number in self._busy():
