@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
+from client import precision
 from client.book import Book
 from client.contribution import Contribution, Products, Rows
 
@@ -145,6 +146,8 @@ def _note_cases_as_groups(layer: Any, book: Book, outer: Tensor, inputs: Tensor,
     """One native call for the weights of all cases: to a convolution, each case is a group of channels."""
     cases, shape = len(inputs), layer.weight.shape
     *geometry, groups = settings
+    if precision.is_slow_in_groups(outer.dtype):
+        outer, inputs = outer.float(), inputs.float()
     of_all = layer.weight.new_empty(cases * shape[0], *shape[1:])  # for its shape; its values are not read
     _, weights, _ = torch.ops.aten.convolution_backward(
         outer.view(1, -1, *outer.shape[2:]),

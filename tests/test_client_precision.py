@@ -75,6 +75,18 @@ def contributions(asked: Any, chosen: list[int], *, compute: torch.dtype | None)
     return torch.cat([one.rows()[0].reshape(-1) for one in found])
 
 
+@pytest.fixture(params=[False, True], ids=["no tiles", "tiles"])
+def has_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(precision, "_has_tiles", lambda: request.param)
+    return bool(request.param)
+
+
+def test_only_bfloat16_is_slow_in_groups_and_only_on_tiles(has_tiles: bool) -> None:
+    assert precision.is_slow_in_groups(BF16) is has_tiles
+    assert not precision.is_slow_in_groups(torch.float32)
+
+
+@pytest.mark.usefixtures("has_tiles")
 @pytest.mark.parametrize("changes", SMOOTH)
 def test_in_bfloat16_a_patient_contributes_nearly_the_same(changes: dict[str, Any]) -> None:
     asked = plan(**changes)
@@ -83,6 +95,7 @@ def test_in_bfloat16_a_patient_contributes_nearly_the_same(changes: dict[str, An
     assert torch.cosine_similarity(found, exact, dim=0) > 0.8
 
 
+@pytest.mark.usefixtures("has_tiles")
 @pytest.mark.parametrize("changes", SMOOTH)
 @pytest.mark.parametrize("compute", [None, BF16])
 def test_what_a_patient_contributes_does_not_depend_on_the_rest_of_the_batch(
