@@ -117,6 +117,7 @@ for server_round in range(1, THIRD.rounds + 1):
 """
 
 
+@pytest.mark.slow
 def test_a_backup_that_is_made_while_the_site_works_refunds_nothing(site: Site, tmp_path: Path) -> None:
     release_run(site, FIRST, run="a")
     process = subprocess.Popen(

@@ -361,6 +361,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.slow
 def test_killed_decoding_goes_on_where_it_was_and_leaves_no_process(tmp_path: Path, threads: int) -> None:
     site = make_site(tmp_path / "north", rows_of(200), threads=threads)
     (site.directory / rows_of(200)[7][0]).write_bytes(b"not an image")

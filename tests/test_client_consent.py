@@ -85,6 +85,7 @@ def test_the_whole_plan_its_cost_and_what_leaves_are_shown_before_it_is_approved
 
 
 @pytest.mark.parametrize(("typed", "status"), [("yes", "approved"), ("y", "waiting"), ("no", "waiting")])
+@pytest.mark.slow
 def test_a_person_at_a_terminal_is_asked_and_only_yes_is_yes(
     site: Site, file: Path, typed: str, status: str
 ) -> None:

@@ -68,6 +68,7 @@ def slow_pid(_: int) -> int:
     return os.getpid()
 
 
+@pytest.mark.slow
 def test_crew_of_a_killed_process_ends() -> None:
     ours, theirs = multiprocessing.Pipe()
     process = multiprocessing.get_context("forkserver").Process(target=work_on, args=(theirs,), daemon=True)

@@ -57,6 +57,7 @@ def test_what_a_library_writes_at_a_site_is_kept_apart_and_not_repeated(site: Si
     assert wrap(json.dumps(line)) == json.dumps(line)
 
 
+@pytest.mark.slow
 def test_a_daemon_and_its_worker_write_json_only_and_no_word_of_a_patient(site: Site, tmp_path: Path) -> None:
     program = tmp_path / "daemon.py"
     program.write_text(DAEMON)

@@ -31,6 +31,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+@pytest.mark.slow
 def test_a_block_that_a_worker_freed_is_not_cleared_by_the_kernel_again(tmp_path) -> None:
     """40 MB are ten thousand pages, and by default each would be a fault each time."""
     (tmp_path / "freed.py").write_text(FREED)

@@ -57,6 +57,7 @@ def one_accountant(site: Site, *plans: Plan, part: str = "train") -> float:
     return epsilon(every, delta=site.settings.delta).value
 
 
+@pytest.mark.slow
 def test_three_runs_of_different_plans_cost_what_one_accountant_says_of_all_their_steps(site: Site) -> None:
     for run, asked in (("a", FIRST), ("b", SECOND), ("c", THIRD)):
         release_run(site, asked, run=run)

@@ -159,6 +159,7 @@ def test_closing_ends_the_process_and_a_later_call_starts_another(worker: Worker
     assert worker.call(tiny.task("train"), tiny.context()).has_content()
 
 
+@pytest.mark.slow
 def test_a_worker_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
     note = tmp_path / "note"
     parent = multiprocessing.get_context("spawn").Process(target=_work_for_ever, args=(str(note),))

@@ -75,6 +75,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("history", "delta"), SETTINGS, ids=str)
+@pytest.mark.slow
 def test_epsilon_is_that_of_a_second_implementation(history: list[Spend], delta: float) -> None:
     """Never below its lower bound, and at most half a percent above its upper one, which has converged."""
     low = second_opinion(history, delta=delta, is_upper=False, interval=1e-3)

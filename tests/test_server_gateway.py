@@ -429,6 +429,7 @@ def test_an_expired_certificate_gets_no_answer(home: Home, north: Caller, upstre
     assert not answers(home, replace(north, certificate=past).tls(home), north)
 
 
+@pytest.mark.slow
 def test_a_certificate_that_expires_ends_what_its_connection_may_do(
     home: Home, north: Caller, upstream: Upstream
 ) -> None:
@@ -654,6 +655,7 @@ def metrics(home: Home) -> dict[tuple[str, str], float]:
     }
 
 
+@pytest.mark.slow
 def test_what_is_refused_is_counted_by_reason_and_logged_within_bounds(
     home: Home,
     client: httpx.Client,

@@ -40,6 +40,7 @@ CHANGES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("changes", CHANGES)
+@pytest.mark.slow
 def test_no_honest_update_is_longer(changes: dict[str, Any], tmp_path: Path) -> None:
     """Also where there are twice as many patients as the site says, and every gradient is clipped."""
     asked = plan(**(FEW | changes))

@@ -487,6 +487,7 @@ def prepared_of(directory: Path, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("status", ["approved", "declined"])
+@pytest.mark.slow
 def test_the_run_begins_as_soon_as_every_site_has_decided(tmp_path: Path, status: str) -> None:
     plan = tiny_plan(sites=3, rounds=1, approval_deadline_seconds=86400)
     nodes = {name: site(plan, name, 0.5) for name in ("a", "b")}
@@ -525,6 +526,7 @@ def test_enough_sites_that_have_approved_do_not_wait_for_another(tmp_path: Path)
     assert run(plan, nodes, tmp_path).state.rounds[0].sites_asked == 2
 
 
+@pytest.mark.slow
 def test_a_site_that_is_approved_in_the_middle_of_a_run_joins_at_the_next_round(tmp_path: Path) -> None:
     plan = tiny_plan(sites=3, rounds=4)
 

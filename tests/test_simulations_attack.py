@@ -195,6 +195,7 @@ def test_with_one_site_the_final_model_tells_what_the_updates_tell(healthy: Audi
 
 
 @pytest.mark.parametrize("defect", CAUGHT_BY)
+@pytest.mark.slow
 def test_planted_defect_is_caught_by_the_check_that_is_named_for_it(defect: str) -> None:
     implementation, check = CAUGHT_BY[defect]
     stronger = {"privacy__target_epsilon": 4.0} if defect == "no noise" else {}

@@ -26,6 +26,7 @@ def found() -> Inversion:
     return inversion.run(plan(**SMALL), trial=TRIAL)
 
 
+@pytest.mark.slow
 def test_image_is_recovered_from_the_update_of_a_step_without_privacy(found: Inversion) -> None:
     assert found.without_privacy.correlation > 0.9
     assert found.without_privacy.rank == 1, "nobody else's image is more like it"
