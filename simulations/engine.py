@@ -145,8 +145,6 @@ class LocalGrid(Grid):  # type: ignore[misc]
 
     def _collect(self, seconds: float) -> None:
         busy = {thing: number for number in self._busy() for thing in self._workers[number].waitables}
-        if not busy:
-            return
         ready = {busy[thing] for thing in wait(list(busy), timeout=seconds)}
         for number in sorted(ready):
             message = self._doing[number]

@@ -244,7 +244,7 @@ def test_the_recorder_sees_what_a_site_sends(federation: Federation) -> None:
         assert name.encode() in sent
     with release.open_ledger(open_site(federation.directory / "north")) as ledger:
         heads = [
-            reply.content["ledger"]["hash"]
+            reply.content["ledger"]["hash"].hex()
             for reply in wire.messages(federation.directory / "recorded")
             if "ledger" in reply.content
         ]
