@@ -25,7 +25,8 @@ BEAT_SECONDS: Final = 0.4 * flower.HEARTBEAT_SECONDS
 """Four beats before the SuperLink, which waits for two intervals, takes the site for offline."""
 ADMISSION_SECONDS: Final = 1.0
 ABSENCE_SECONDS: Final = 1.5
-"""The server asks for every reply several times a second, and is told then that its site is away."""
+"""The server asks for every reply several times a second, and is told then that its site is away; it asks
+within ``common.flower.RETRY_SECONDS`` once the SuperLink is there again."""
 
 
 @dataclass(kw_only=True)

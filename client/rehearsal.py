@@ -104,7 +104,7 @@ def fields(message: str, record: RecordDict) -> Iterator[Field]:
                 shown = ", ".join(f"{number:.4g}" for number in array.reshape(-1)[:_SHOWN_VALUES])
                 text = shown + (", ..." if array.size > _SHOWN_VALUES else "")
             else:
-                kind, text = type(value).__name__, str(value)
+                kind, text = type(value).__name__, value.hex() if isinstance(value, bytes) else str(value)
             yield Field(message=message, field=f"{name}.{key}", kind=kind, value=text)
 
 

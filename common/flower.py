@@ -92,6 +92,9 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_objects,
 )
 
+# How long a request waits before it is sent to a SuperLink once more.
+from flwr.supercore.retry import http_retry
+
 # ``Message`` takes run and node from here; outside Flower's own programs nobody sets it.
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.fleet_http_client import FleetHttpClient
@@ -102,6 +105,7 @@ from google.protobuf.message import DecodeError
 __all__ = [
     "ActivateNodeRequest",
     "BACKOFF_SECONDS",
+    "RETRY_SECONDS",
     "DeactivateNodeRequest",
     "DecodeError",
     "ErrorCode",
@@ -151,6 +155,7 @@ __all__ = [
     "run_from_proto",
     "set_identity",
     "shorten_backoff",
+    "shorten_retries",
     "unpack_context",
     "unpack_message",
     "user_config_from_proto",
@@ -161,6 +166,7 @@ HEARTBEAT_SECONDS = 10.0
 """The least interval that the SuperLink takes; a site is offline after two of them."""
 
 BACKOFF_SECONDS = 0.05
+RETRY_SECONDS = 1
 """First wait when a message is seen before its objects; Flower's is 1 s. It doubles up to 10 s."""
 
 REQUEST_SECONDS = 30.0
@@ -214,6 +220,15 @@ def shorten_backoff() -> None:
     """Shortens, in this process, the wait when a message is seen before its objects have arrived."""
     for function in (pull_objects, pull_and_inflate_object_from_tree):
         function.__kwdefaults__["initial_backoff"] = BACKOFF_SECONDS
+
+
+def shorten_retries() -> None:
+    """Lets this process ask a SuperLink that is away again within a second, however long it has been away.
+
+    Flower waits up to twenty. A site that may have lost a task is away for a while
+    (``client.presence.ABSENCE_SECONDS``), and the server has to look in it, or it never learns of the loss.
+    """
+    http_retry.MAX_RETRY_DELAY = RETRY_SECONDS
 
 
 def bound_messages(max_bytes: int, *, max_seconds: float) -> None:

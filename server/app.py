@@ -17,7 +17,7 @@ from safetensors.numpy import save
 
 from common import durable, logline, model
 from common.errors import FeverfewError, QuorumNotReached
-from common.flower import bound_messages, shorten_backoff
+from common.flower import bound_messages, shorten_backoff, shorten_retries
 from common.plan import Plan
 from common.trail import Trail
 from server import checkpoint
@@ -43,6 +43,7 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Runs the plan of the run config; a run that was interrupted goes on from its last checkpoint."""
     shorten_backoff()
+    shorten_retries()
     if os.environ.get(logline.VARIABLE) == "json":
         logline.start_ours("serverapp", output=sys.stdout)
     run = str(context.run_config["run"])

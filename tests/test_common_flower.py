@@ -6,12 +6,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.supercore.inflatable import inflatable_utils
 from flwr.superlink.grid import http_grid
 
+from client.presence import ABSENCE_SECONDS
 from common import flower
 from tests.fuzz_objects import SEEDS, named, objects, split
 
@@ -109,3 +111,24 @@ def test_parts_that_never_come_are_not_waited_for_two_hours() -> None:
     with pytest.raises(flower.ObjectPullError):
         http_grid.pull_objects(object_ids=["a"], pull_object_fn=never, initial_backoff=0.01)
     assert time.monotonic() - begun < 5
+
+
+def test_a_superlink_that_is_away_is_asked_again_before_a_site_ends_its_absence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the server does not see the absence, and waits for a task that was lost until the deadline."""
+    from flwr.supercore.retry import http_retry
+
+    waits: list[float] = []
+    monkeypatch.setattr(http_retry, "MAX_RETRY_DELAY", http_retry.MAX_RETRY_DELAY)
+    flower.shorten_retries()
+    again = http_retry.make_simple_http_retry_invoker()
+    again.wait_function = waits.append
+
+    def request() -> str:
+        if len(waits) < 12:
+            raise httpx.ConnectError("away")
+        return "answer"
+
+    assert again.invoke(request) == "answer"
+    assert max(waits) <= flower.RETRY_SECONDS < ABSENCE_SECONDS - 0.25
