@@ -38,9 +38,6 @@ class Gaussian:
         self._cipher = Cipher(algorithms.ChaCha20(key, nonce=bytes(16)), mode=None).encryptor()
         self._num_bytes = 0
         self._bits = bytearray(len(_ZEROS))
-        # written into again and again: fresh memory costs more than what is computed in it
-        self._integers = np.empty(CHUNK_PAIRS, np.uint64)
-        self._uniform, self._radius, self._angle = np.empty((3, CHUNK_PAIRS))
 
     def standard_normal(self, size: int | tuple[int, ...] | None = None, dtype: Any = np.float64) -> Any:
         """Returns an array of this shape, float32 or float64; without a shape it has one number.
@@ -59,21 +56,13 @@ class Gaussian:
     def _fill(self, first: npt.NDArray[Any], second: npt.NDArray[Any]) -> None:
         pairs = len(first)
         bits = self._draw(pairs * (_RADIUS_BYTES + _ANGLE_BYTES))
-        wide = np.frombuffer(bits, dtype="<u8", count=pairs)
+        wide = np.frombuffer(bits, dtype="<u8", count=pairs) >> np.uint64(11)
         narrow = np.frombuffer(bits, dtype="<i4", count=pairs, offset=pairs * _RADIUS_BYTES)
-        integers = np.right_shift(wide, np.uint64(11), out=self._integers[:pairs])
         # (k + 1/2) / 2^53 for k of 53 bits: never 0, and 1 only by rounding
-        uniform = self._uniform[:pairs]
-        np.copyto(uniform, integers.view(np.int64))
-        uniform += 0.5
-        uniform *= 2.0**-53
+        uniform = (wide.view(np.int64).astype(np.float64) + 0.5) * 2.0**-53
         np.log(uniform, out=uniform)
-        uniform *= -2.0
-        radius, angle = (buffer.view(first.dtype)[:pairs] for buffer in (self._radius, self._angle))
-        np.copyto(radius, uniform, casting="same_kind")
-        np.sqrt(radius, out=radius)
-        np.copyto(angle, narrow, casting="unsafe")
-        angle *= first.dtype.type(math.pi * 2.0**-31)
+        radius = np.sqrt((uniform * -2.0).astype(first.dtype))
+        angle = narrow.astype(first.dtype) * first.dtype.type(math.pi * 2.0**-31)
         np.cos(angle, out=first)
         np.sin(angle, out=second)
         first *= radius

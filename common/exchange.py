@@ -23,12 +23,12 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from common import quantisation, received
-from common.arrays import FloatArray, packed, unpacked
+from common.arrays import packed, unpacked
 from common.chain import Head
 from common.errors import InvalidReply, Refusal
 from common.measure import ANY, ArrayKind
 from common.model import FlatArray
-from common.quantisation import BLOCK, Form
+from common.quantisation import BLOCK, FloatArray, Form
 
 PREPARE, TRAIN, EVALUATE, DELIVER = "query.prepare", "train", "evaluate", "query.deliver"
 LANDMARKS = "query.landmarks"
@@ -128,7 +128,7 @@ def task_record(task: Task, *, form: Form = "fp32") -> RecordDict:
 
 def attach_head(record: RecordDict, head: Head) -> None:
     """Adds the last row of a site's ledger to a message: sites send it, coordinators send it back."""
-    digest, signature = bytes.fromhex(head.hash), base64.b64decode(head.signature)
+    digest, signature = bytes.fromhex(head.hash), base64.b64decode(head.signature, validate=True)
     record["ledger"] = ConfigRecord({"number": head.number, "hash": digest, "signature": signature})
 
 

@@ -166,8 +166,10 @@ HEARTBEAT_SECONDS = 10.0
 """The least interval that the SuperLink takes; a site is offline after two of them."""
 
 BACKOFF_SECONDS = 0.05
-RETRY_SECONDS = 1
 """First wait when a message is seen before its objects; Flower's is 1 s. It doubles up to 10 s."""
+
+RETRY_SECONDS = 1
+"""The longest wait of the server before it asks a SuperLink that is away once more; Flower's is 20 s."""
 
 REQUEST_SECONDS = 30.0
 """For each step of a request; as in Flower."""

@@ -9,8 +9,9 @@ from typing import TypeVar
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from common.arrays import FloatArray, unpacked
+from common.arrays import unpacked
 from common.errors import InvalidReply
+from common.quantisation import FloatArray
 
 Part = TypeVar("Part", ArrayRecord, ConfigRecord, MetricRecord)
 

@@ -114,8 +114,7 @@ class Mailbox:
                 yield from self._refused(fresh, pushed)
                 pending |= pushed
             now = time.monotonic()
-            pause = max((now - start) * _PAUSE_FRACTION, (now - began) * _PAUSE_TO_POLL)
-            pause = 0.0 if arrived else min(max(pause, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
+            pause = 0.0 if arrived else _pause(waited=now - start, look=now - began)
         for message_id, message in pending.items():
             metadata = message.metadata
             self._overdue[message_id] = Late(node=metadata.dst_node_id, group=metadata.group_id)
@@ -178,6 +177,12 @@ class Mailbox:
     def _pull(self, message_id: str) -> Message | None:
         """Returns the first reply to a message; further ones are never looked at."""
         return next(iter(self._grid.pull_messages([message_id])), None)
+
+
+def _pause(*, waited: float, look: float) -> float:
+    """Returns how long to wait after a look that found nothing: in seconds, as all here."""
+    pause = max(waited * _PAUSE_FRACTION, look * _PAUSE_TO_POLL)
+    return min(max(pause, _SHORTEST_PAUSE_SECONDS), _LONGEST_PAUSE_SECONDS)
 
 
 def _size(message: Message) -> int:

@@ -13,16 +13,14 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes
-from hypothesis.extra.numpy import arrays as hypothesis_arrays
 
 from common import exchange, measure
-from common.arrays import packed, unpacked
-from common.chain import Head
+from common.arrays import packed
 from common.errors import InvalidReply, Refusal
 from common.exchange import Prepared, Scored, Task, Update
 from common.quantisation import BLOCK, Form, carried, quantised
 from tests import plans
+from tests.test_common_arrays import LIES, lying
 
 VALUES = np.array([0.5, -1.0, 2.0], dtype=np.float32)
 TASK = Task(run="r-1", plan_hash="ab" * 32, server_round=3, purpose="train", part="", parameters=VALUES)
@@ -76,12 +74,6 @@ def read_update(record: RecordDict, **changes: Any) -> Update:
     return exchange.read_update(record, **(asked | changes))
 
 
-def lying(array: Array, **fields: Any) -> Array:
-    """An array whose declared shape or dtype is not that of its bytes."""
-    given = {"dtype": array.dtype, "shape": array.shape, "stype": array.stype, "data": array.data}
-    return Array(**(given | fields))
-
-
 def pickled() -> bytes:
     """An npy file that would have to be unpickled."""
     file = io.BytesIO()
@@ -109,19 +101,6 @@ HOSTILE = {
     "open bracket": npy("(" * 9000),
     "no end": VALUES.tobytes()[:-3],
     "too much": VALUES.tobytes() + b"\0\0\0\0",
-}
-LIES = {
-    "other coding": {"stype": "pickle"},
-    "numpy's coding": {"stype": "numpy.ndarray"},
-    "two names": {"dtype": "float"},
-    "other byte order": {"dtype": ">f4"},
-    "no dtype": {"dtype": "no dtype"},
-    "objects": {"dtype": "O"},
-    "records": {"dtype": "f4,f4"},
-    "no bytes each": {"dtype": "V0"},
-    "terabytes": {"shape": (10**13,)},
-    "negative": {"shape": (-3,)},
-    "twice negative": {"shape": (-1, -3)},
 }
 
 
@@ -239,30 +218,6 @@ def test_task_with_parameters_under_another_name_is_malformed() -> None:
     record["arrays"] = ArrayRecord({"weights": packed(VALUES)})
     assert refused_task(record) == "malformed_task"
     assert refused_task(RecordDict()) == "malformed_task"
-
-
-HEAD = Head(number=7, hash="0f" * 32, signature="AAEC")
-
-
-def test_the_head_of_a_ledger_is_read_back_and_taken_out() -> None:
-    record = exchange.delivered_record()
-    exchange.attach_head(record, HEAD)
-    assert exchange.detach_head(record) == HEAD
-    assert exchange.detach_head(record) is None and set(record) == {"delivered"}
-    assert exchange.read_task(exchange.task_record(dataclasses.replace(TASK, head=HEAD))).head == HEAD
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{"number": -1}, {"number": True}, {"hash": "0f" * 32}, {"hash": b"short"}, {"signature": "AAEC"}]
-    + [{"signature": bytes(193)}, {"more": 1}],
-)
-def test_a_head_that_is_something_else_is_refused(fields: dict[str, Any]) -> None:
-    record = RecordDict()
-    exchange.attach_head(record, HEAD)
-    record["ledger"] = ConfigRecord({**record["ledger"], **fields})
-    with pytest.raises(ValueError, match="expected"):
-        exchange.detach_head(record)
 
 
 def test_prepared_is_read_back() -> None:
@@ -407,25 +362,6 @@ def test_update_with_records_of_another_kind_or_number_is_rejected() -> None:
     more["notes"] = ConfigRecord({"text": "of a patient"})
     for record in (swapped, more, RecordDict(), exchange.delivered_record()):
         assert rejected(lambda record=record: read_update(record)) == "records"  # type: ignore[misc]
-
-
-@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
-def test_array_whose_fields_do_not_fit_its_bytes_is_not_read(lie: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        unpacked(lying(packed(VALUES), **lie))
-
-
-@given(
-    hypothesis_arrays(
-        st.sampled_from(["<f4", ">f4", "f8", "f2", "i8", "i1"]), array_shapes(min_dims=0, min_side=0)
-    )
-)
-def test_packed_arrays_come_out_as_they_were(values: np.ndarray[Any, Any]) -> None:
-    for one in (values, values.T):
-        found = unpacked(packed(one))
-        np.testing.assert_array_equal(found, one)
-        assert found.dtype.name == one.dtype.name
-        assert len(packed(one).data) == one.nbytes, "nothing but the numbers travels"
 
 
 @settings(deadline=None)

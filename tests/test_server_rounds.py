@@ -21,7 +21,6 @@ from google.protobuf.message import DecodeError
 from common import exchange, metrics, model
 from common.arrays import STYPE, packed, unpacked
 from common.calibration import measure_noise_std
-from common.chain import Head
 from common.errors import QuorumNotReached
 from common.exchange import Prepared, Scored, Task, Update
 from common.flower import ErrorCode
@@ -827,17 +826,3 @@ def test_the_report_has_the_bytes_of_each_round_and_of_each_site(tmp_path: Path)
     for part in report.participation.values():
         assert 4 * model_bytes < part.bytes_down < 4 * model_bytes + 5000
         assert 3 * model_bytes < part.bytes_up < 3 * model_bytes + 4000
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "no JSON", "[]", "{}", '{"number": 1, "hash": "zz", "signature": ""}']
-    + ['{"number": "1", "hash": "", "signature": ""}', '{"number": 1, "hash": 5, "signature": ""}'],
-)
-def test_a_damaged_file_of_a_head_counts_as_none(text: str, tmp_path: Path) -> None:
-    heads = Heads(tmp_path)
-    (tmp_path / "a.json").write_text(text)
-    assert heads.of("a") is None
-    head = Head(number=1, hash="00" * 32, signature="AAEC")
-    heads.keep("a", head)
-    assert heads.of("a") == head

@@ -170,6 +170,20 @@ def test_a_task_that_kills_every_worker_is_given_up(tmp_path: Path) -> None:
     assert replies[0].error.reason == WORKER_DIED and len(killed) == engine._MOST_DEATHS
 
 
+def test_a_grid_waits_as_long_as_it_is_asked_and_no_longer_than_for_a_reply(tmp_path: Path) -> None:
+    flower.set_identity(engine.RUN_ID, node_id=1)
+    with Workers(log=tmp_path / "log") as pool:
+        grid = engine.LocalGrid([("a", tmp_path)], run_config={}, workers=pool.take(1))
+        begun = time.monotonic()
+        assert grid.arrived(["of nobody"], seconds=0.2) == []
+        assert time.monotonic() - begun >= 0.2, "it does not spin where nothing is to be done"
+        ids = list(grid.push_messages([Message(RecordDict(), 2, "train", group_id="1", ttl=60)]))
+        assert grid.arrived(ids, seconds=600) == ids == grid.arrived(ids, seconds=600)
+        assert grid.arrived(["of nobody"], seconds=0) == []
+        assert [reply.metadata.src_node_id for reply in grid.pull_messages(ids)] == [2]
+        assert grid.arrived(ids, seconds=0) == []
+
+
 def cohort_of(num_cases: int) -> Any:
     class Cohort:
         offered = num_cases
