@@ -40,8 +40,8 @@ def is_slow_in_groups(dtype: torch.dtype) -> bool:
     """Says whether convolutions of very many groups are faster in float32 than in this type.
 
     So they are in bfloat16 where the processor has tiles (AMX): a tile is mostly empty over a few channels.
-    On such a processor a step of the default network took 2.6 times a plain one with its weights' gradients
-    in bfloat16, and 0.74 with them in float32.
+    On such a processor a private step of the default network took 2.6 times a plain one with the gradients
+    of its weights in bfloat16, and takes less than one with them in float32 (``benchmarks/step_cost.py``).
     """
     return dtype == torch.bfloat16 and _has_tiles()
 
