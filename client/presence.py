@@ -24,9 +24,6 @@ Answer = TypeVar("Answer")
 BEAT_SECONDS: Final = 0.4 * flower.HEARTBEAT_SECONDS
 """Four beats before the SuperLink, which waits for two intervals, takes the site for offline."""
 ADMISSION_SECONDS: Final = 1.0
-ABSENCE_SECONDS: Final = 1.5
-"""The server asks for every reply several times a second, and is told then that its site is away; it asks
-within ``common.flower.RETRY_SECONDS`` once the SuperLink is there again."""
 
 
 @dataclass(kw_only=True)
@@ -121,9 +118,9 @@ class Presence:
                 self.lose()
 
     def _end_former_life(self) -> None:
-        """Ends what the SuperLink still takes for this site, and stays away until the server has noticed.
+        """Ends what the SuperLink still takes for this site.
 
-        Only of a site that is away does the server learn that a task on its way to it is lost.
+        The server pushes again what it had pushed before a site came (``server.mailbox``).
         """
         if not self.note.exists():
             return
@@ -132,8 +129,6 @@ class Presence:
             self._persist(lambda: self.fleet.deactivate(int(former)))
         except (ValueError, httpx.HTTPStatusError) as error:
             logger.debug("node %r was not online: %s", former, error)
-        else:
-            self.stop.wait(ABSENCE_SECONDS)
 
     def _note_node(self) -> None:
         self.note.write_text(f"{self.node_id}\n")

@@ -227,8 +227,7 @@ def shorten_backoff() -> None:
 def shorten_retries() -> None:
     """Lets this process ask a SuperLink that is away again within a second, however long it has been away.
 
-    Flower waits up to twenty. A site that may have lost a task is away for a while
-    (``client.presence.ABSENCE_SECONDS``), and the server has to look in it, or it never learns of the loss.
+    Flower waits up to twenty, in which every site of a round may be there again and have nothing to do.
     """
     http_retry.MAX_RETRY_DELAY = RETRY_SECONDS
 

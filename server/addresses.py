@@ -1,4 +1,7 @@
-"""Under which node a site is reached: one name may have two of them while the site's key is renewed."""
+"""Under which node a site is reached, and since when.
+
+One name may have two nodes while the site's key is renewed.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ class Addresses:
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
         self._names: dict[int, str] = {}
+        self._arrivals: dict[int, str] = {}
 
     def online(self) -> dict[int, str]:
         """Returns the nodes that are online with their names, "" where the grid gives none.
@@ -20,12 +24,17 @@ class Addresses:
         nodes = sorted(self._grid.get_nodes(), key=lambda node: str(getattr(node, "registered_at", "")))
         found = {node.node_id: str(getattr(node, "name", "")) for node in nodes}
         self._names |= found
+        self._arrivals |= {node.node_id: str(getattr(node, "last_activated_at", "")) for node in nodes}
         newest = {name: node for node, name in found.items()}
         return {node: name for node, name in found.items() if not name or newest[name] == node}
 
     def name(self, node: int) -> str:
         """Returns the name of a node that was online before; "" where it is not known."""
         return self._names.get(node, "")
+
+    def arrival(self, node: int) -> str:
+        """Returns when the site of a node came last, as of the last look; "" where the grid gives no time."""
+        return self._arrivals.get(node, "")
 
     def successor(self, node: int) -> int:
         """Returns the node under which the site of a node is reached now; the same where it is not known."""

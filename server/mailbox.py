@@ -20,6 +20,7 @@ _PAUSE_FRACTION = 0.02  # of the time waited so far: what polling may add to a r
 _PAUSE_TO_POLL = 2.0  # of the time that the last look took: polling must not keep the SuperLink from its work
 _PUSH_AGAIN_SECONDS = 1.0
 _LONGEST_PUSH_AGAIN_SECONDS = 60.0
+_ARRIVALS_SECONDS = 1.0  # how often it is asked which sites have come anew
 NOT_READABLE = 1000
 """The code of the error that stands for a reply whose parts are not what they say they are."""
 # What Flower answers itself when a node was away: the task is lost, the site may be back.
@@ -62,6 +63,7 @@ class Mailbox:
         self.addresses = Addresses(grid)
         self._overdue: dict[str, Late] = {}
         self._lost: list[int] = []
+        self._arrivals: dict[int, str] = {}  # by node: since when its site was there, at its last task
         self._bytes: defaultdict[int, Bytes] = defaultdict(Bytes)
 
     def ask(
@@ -70,14 +72,15 @@ class Mailbox:
         """Pushes messages and yields (node, reply) as they come, at the end (node, None) for the missing.
 
         A task that Flower lost because its node was away is pushed again until the deadline, to the node
-        under which the site is reached by then; the site recognises it by its identity. A node that is not
-        registered any more gets no task: it is missing at once.
+        under which the site is reached by then; so is one whose site has come anew since, for it comes
+        anew when something on its way may be lost. The site recognises a task by its identity. A node that
+        is not registered any more gets no task: it is missing at once.
         """
         pending = self._push(messages)
         yield from self._refused(messages, pending)
         again: dict[int, tuple[float, Message]] = {}  # by node: when to push what a second time
         lost: Counter[int] = Counter()  # by node: replies of which not all came
-        start = time.monotonic()
+        start = looked = time.monotonic()
         is_last_look = False
         pause = 0.0
         while (pending or again) and not is_last_look:
@@ -107,6 +110,12 @@ class Mailbox:
                     continue
                 yield message.metadata.dst_node_id, reply
                 del reply
+            if began >= looked + _ARRIVALS_SECONDS:
+                looked = began
+                for message_id in self._left_behind(pending):
+                    message = pending.pop(message_id)
+                    again[message.metadata.dst_node_id] = (began, message)
+                    self._lost.append(message.metadata.dst_node_id)
             due = [node for node, (when, _) in again.items() if when <= time.monotonic()]
             if due and not is_last_look:
                 fresh = [self._readdressed(again.pop(node)[1]) for node in due]
@@ -123,7 +132,7 @@ class Mailbox:
             yield node, None
 
     def lost(self) -> list[int]:
-        """Returns the nodes that were away when a task was for them, once for each task, and forgets them."""
+        """Returns the nodes that went away over a task, once for each task, and forgets them."""
         found, self._lost = self._lost, []
         return found
 
@@ -153,8 +162,16 @@ class Mailbox:
         ids = list(self._grid.push_messages(fresh))
         pushed = {str(i): message for i, message in zip(ids, fresh, strict=True) if i}
         for message in pushed.values():
-            self._bytes[message.metadata.dst_node_id].down += _size(message)
+            node = message.metadata.dst_node_id
+            self._bytes[node].down += _size(message)
+            self._arrivals[node] = self.addresses.arrival(node)
         return pushed
+
+    def _left_behind(self, pending: Mapping[str, Message]) -> list[str]:
+        """Returns the messages whose site has come anew since they were pushed."""
+        self.addresses.online()
+        nodes = {message_id: message.metadata.dst_node_id for message_id, message in pending.items()}
+        return [i for i, node in nodes.items() if self.addresses.arrival(node) != self._arrivals[node]]
 
     def _readdressed(self, message: Message) -> Message:
         return _copy(message, node=self.addresses.successor(message.metadata.dst_node_id))

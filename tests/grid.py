@@ -18,6 +18,7 @@ Behaviour = Callable[[Message], Message | None]
 class Node:
     node_id: int
     name: str
+    last_activated_at: str = ""
 
 
 class InlineGrid(Grid):  # type: ignore[misc]
@@ -31,9 +32,14 @@ class InlineGrid(Grid):  # type: ignore[misc]
         self.pushed: list[Message] = []
         self.largest_batch = 0
         self.unregistered: set[int] = set()
+        self.arrivals: dict[int, str] = {}
 
     def get_nodes(self) -> Iterable[Any]:
-        return [Node(node_id=number, name=name) for number, name in self.names.items()]
+        came = self.arrivals
+        return [
+            Node(node_id=number, name=name, last_activated_at=came.get(number, "2026-01-01"))
+            for number, name in self.names.items()
+        ]
 
     def get_node_ids(self) -> Iterable[int]:
         return list(self.names)
