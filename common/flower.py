@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,7 @@ __all__ = [
     "pull_and_inflate_object_from_tree",
     "push_objects",
     "refusal_text",
+    "repeated_requests",
     "remove_content_from_message",
     "round_of",
     "run_from_proto",
@@ -228,8 +229,26 @@ def shorten_retries() -> None:
     """Lets this process ask a SuperLink that is away again within a second, however long it has been away.
 
     Flower waits up to twenty, in which every site of a round may be there again and have nothing to do.
+    Requests that were sent more than once are counted from then on.
     """
-    http_retry.MAX_RETRY_DELAY = RETRY_SECONDS
+
+    def waits(**options: Any) -> Iterator[float]:
+        _repeated.append(None)  # the first wait is asked for when a request has failed
+        yield from _EXPONENTIAL(**options | {"max_delay": RETRY_SECONDS})
+
+    http_retry.exponential = waits
+
+
+def repeated_requests() -> int:
+    """Returns how many requests of this process were sent more than once.
+
+    What the SuperLink had answered to the first may be lost: it hands out every reply once.
+    """
+    return len(_repeated)
+
+
+_EXPONENTIAL = http_retry.exponential
+_repeated: list[None] = []  # appended to by several threads
 
 
 def bound_messages(max_bytes: int, *, max_seconds: float) -> None:

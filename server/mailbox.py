@@ -11,7 +11,7 @@ from typing import Protocol, runtime_checkable
 from flwr.app import ArrayRecord, ConfigRecord, Error, Message, MetricRecord
 from flwr.serverapp import Grid
 
-from common.flower import UNREADABLE, ErrorCode
+from common.flower import UNREADABLE, ErrorCode, repeated_requests
 from server.addresses import Addresses
 
 _SHORTEST_PAUSE_SECONDS = 0.002
@@ -73,8 +73,9 @@ class Mailbox:
 
         A task that Flower lost because its node was away is pushed again until the deadline, to the node
         under which the site is reached by then; so is one whose site has come anew since, for it comes
-        anew when something on its way may be lost. The site recognises a task by its identity. A node that
-        is not registered any more gets no task: it is missing at once.
+        anew when something on its way may be lost; and so is one whose reply Flower may have handed to a
+        request that got no answer. The site recognises a task by its identity. A node that is not registered
+        any more gets no task: it is missing at once.
         """
         pending = self._push(messages)
         yield from self._refused(messages, pending)
@@ -92,10 +93,13 @@ class Mailbox:
             is_last_look = began >= start + deadline_seconds
             for message_id in ready:
                 message = pending[message_id]
+                repeated = repeated_requests()
                 try:
                     reply = self._pull(message_id)
                 except UNREADABLE:  # one site's broken reply must not end the run of all
                     reply = Message(Error(code=NOT_READABLE, reason="unreadable"), reply_to=message)
+                if reply is None and repeated_requests() > repeated:
+                    again[message.metadata.dst_node_id] = (time.monotonic(), pending.pop(message_id))
                 if reply is None:
                     continue
                 arrived = True

@@ -118,8 +118,9 @@ def test_a_superlink_that_is_away_is_asked_again_within_a_second(
     from flwr.supercore.retry import http_retry
 
     waits: list[float] = []
-    monkeypatch.setattr(http_retry, "MAX_RETRY_DELAY", http_retry.MAX_RETRY_DELAY)
+    monkeypatch.setattr(http_retry, "exponential", http_retry.exponential)
     flower.shorten_retries()
+    repeated = flower.repeated_requests()
     again = http_retry.make_simple_http_retry_invoker()
     again.wait_function = waits.append
 
@@ -130,3 +131,5 @@ def test_a_superlink_that_is_away_is_asked_again_within_a_second(
 
     assert again.invoke(request) == "answer"
     assert max(waits) <= flower.RETRY_SECONDS == 1
+    assert flower.repeated_requests() == repeated + 1, "however often it was"
+    assert again.invoke(request) == "answer" and flower.repeated_requests() == repeated + 1
