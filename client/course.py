@@ -48,9 +48,13 @@ def require_plan(site: Site, plan: Plan, *, run: str) -> None:
         Refusal: code ``other_plan``.
     """
     for path in _paths(site):
-        if path.exists():
-            with _opened(path) as database:
-                _require_plan(database, plan, run=run)
+        _require_plan_in(path, plan, run=run)
+
+
+def _require_plan_in(path: Path, plan: Plan, *, run: str) -> None:
+    if path.exists():
+        with _opened(path) as database:
+            _require_plan(database, plan, run=run)
 
 
 def rounds_of(plan: Plan, *, purpose: str, part: str) -> Sequence[int]:
@@ -82,8 +86,9 @@ def enter(site: Site, plan: Plan, task: Task) -> None:
     phase = PHASES[task.purpose, task.part]
     place = (task.run, task.server_round, phase)
     private_directory(site.state)
-    require_plan(site, plan, run=task.run)
-    with _opened(_path(site, plan)) as database, database:
+    own, other = _own_and_other(site, plan)
+    _require_plan_in(other, plan, run=task.run)
+    with _opened(own) as database, database:
         database.execute("BEGIN IMMEDIATE")
         _require_plan(database, plan, run=task.run)
         if _has(database, "task = ?", task.identity):
@@ -107,8 +112,9 @@ def _has(database: sqlite3.Connection, condition: str, *values: object) -> bool:
     return database.execute(f"SELECT 1 FROM asked WHERE {condition} LIMIT 1", values).fetchone() is not None
 
 
-def _path(site: Site, plan: Plan) -> Path:
-    return _paths(site)[isinstance(plan.privacy, NoPrivacy)]
+def _own_and_other(site: Site, plan: Plan) -> tuple[Path, Path]:
+    private, exact = _paths(site)
+    return (exact, private) if isinstance(plan.privacy, NoPrivacy) else (private, exact)
 
 
 def _paths(site: Site) -> tuple[Path, Path]:

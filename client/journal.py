@@ -51,10 +51,15 @@ _BOUNDS = """CREATE TABLE IF NOT EXISTS bounds (
     signature TEXT NOT NULL, PRIMARY KEY (scope, history, delta))"""
 _INSERT = f"INSERT INTO entries VALUES ({', '.join(f':{name}' for name in COLUMNS)})"
 _SECONDS_TO_LOCK = 60
+_SQLITE_HEADER_BYTES = 100
 CLAIM_SUFFIX: Final = ".claim"
 REMEDY: Final = (
     "look at what happened, then run feverfew-client ledger restore. Nothing is released until then."
 )
+
+
+_sound: Final[dict[Path, object]] = {}
+"""What the files of each journal were like when this process had verified them, or had written to them."""
 
 
 class Journal:
@@ -90,6 +95,7 @@ class Journal:
     def transaction(self) -> Iterator[None]:
         """Keeps other processes out; all of its rows are durable at the end, or none."""
         with self._lock:
+            was_sound = self._is_as_left()
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -100,6 +106,8 @@ class Journal:
             head = self.head()
             if head.hash != self._remembered().hash:
                 self._remember(head)
+            if was_sound:
+                _sound[self._path] = self._stamp()
 
     def append(self, row: Mapping[str, object], *, number: int | None = None) -> None:
         """Adds a row; ``number`` is the next one, and greater only for the first row after a restoration."""
@@ -123,6 +131,30 @@ class Journal:
         if row is None:
             return chain.signed(0, GENESIS, key=self._key)
         return Head(number=row[0], hash=row[1], signature=row[2])
+
+    def require_sound(self) -> None:
+        """Verifies, unless both files are as this process left them after it had verified them.
+
+        Else every task would read the whole ledger, which grows with every task. Whoever changes a file
+        changes its stamp: not even its owner can set the time of the last change of its inode.
+
+        Raises:
+            LedgerError: as ``verify``.
+        """
+        if not self._is_as_left():
+            stamp = self._stamp()
+            self.verify()
+            _sound[self._path] = stamp
+
+    def _is_as_left(self) -> bool:
+        return _sound.get(self._path) == self._stamp()
+
+    def _stamp(self) -> object:
+        """Returns what every writing to the files changes: SQLite counts in its header, others change times."""
+        with self._path.open("rb") as file:
+            header = file.read(_SQLITE_HEADER_BYTES)
+        key = self._key.public_key().public_numbers()
+        return header, _times(self._path), _times(self._head_path), key
 
     def verify(self, *, all_signatures: bool = False) -> None:
         """Checks the chain, the signature of its last row (or of all), and that it is as long as it was.
@@ -262,6 +294,13 @@ def _following(row: Mapping[str, object], last: Head, *, number: int, key: Priva
     del content["hash"], content["signature"]
     head = chain.signed(number, chain.link(last.hash, content), key=key)
     return content | {"hash": head.hash, "signature": head.signature}
+
+
+def _times(path: Path) -> tuple[int, ...]:
+    if not path.exists():
+        return ()
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _write_head(path: Path, head: Head) -> None:

@@ -91,7 +91,7 @@ class Ledger:
         self._study_budgets = dict(study_budgets)
         self._key = key
         self._journal = Journal(path, head=head, key=key)
-        self._journal.verify()
+        self._journal.require_sound()
 
     def close(self) -> None:
         """Closes the file."""

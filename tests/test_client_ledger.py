@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from client import journal
+from client.journal import sound_rows
 from client.ledger import Charge, Ledger, Outcome
 from common import chain, privacy
 from common.errors import LedgerError, Refusal
@@ -71,6 +73,14 @@ def fill(path: Path, rounds: int) -> None:
     with opened(path) as ledger:
         for number in range(1, rounds + 1):
             assert ledger.charge(charge_of(f"task-{number}", server_round=number), max_repeats=0)
+
+
+CHARGE = """
+import sys
+from pathlib import Path
+from tests.test_client_ledger import fill_more
+fill_more(Path(sys.argv[1]), 6, 7)
+"""
 
 
 def fill_more(path: Path, start: int, stop: int, *, name: str = "task") -> None:
@@ -360,6 +370,43 @@ def test_rolled_back_copy_is_found(path: Path) -> None:
     fill_more(path, 3, 6)
     path.write_bytes(old)
     with pytest.raises(LedgerError, match="no row 6"):
+        opened(path)
+
+
+def test_rows_are_read_again_only_where_somebody_else_has_written(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def counted(rows: Any) -> Any:
+        found = sound_rows(rows)
+        read.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(journal, "sound_rows", counted)
+    fill(path, 3)
+    for number in (4, 5, 6):
+        fill_more(path, number - 1, number)
+    with opened(path) as ledger:
+        assert ledger.spent().value == cost(6)
+    assert read == [0], "the ledger was new, and then as it was left"
+    subprocess.run([sys.executable, "-c", CHARGE, str(path)], check=True)
+    fill_more(path, 7, 8)
+    fill_more(path, 8, 9)
+    assert read == [0, 7], "after another process it was read once"
+
+
+def test_edit_whose_time_was_put_back_is_found(path: Path) -> None:
+    fill(path, 3)
+    before = path.stat()
+    content = path.read_bytes()
+    place = content.index(b"task-2")
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"task-9")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
+    with pytest.raises(LedgerError, match="row 2 changed"):
         opened(path)
 
 
