@@ -150,7 +150,7 @@ class Journal:
         return _sound.get(self._path) == self._stamp()
 
     def _stamp(self) -> object:
-        """Returns what every writing to the files changes: SQLite counts in its header, others change times."""
+        """Returns what any writing to the files changes: SQLite counts in its header, others change times."""
         with self._path.open("rb") as file:
             header = file.read(_SQLITE_HEADER_BYTES)
         key = self._key.public_key().public_numbers()
