@@ -1,7 +1,8 @@
 """What a simulated round costs beside its training: the default experiment, over the bare training loop.
 
-Run with ``python -m benchmarks.round_overhead``. The simulation has one worker, so that both train one site
-after the other in one process with one thread. The bare loop takes the same steps on the same data (plan,
+Run with ``python -m benchmarks.round_overhead``. With one worker both train one site after the other, in one
+process with one thread. With two, the default here, the bare loop has what a plain program has to use two
+processors with: two threads. The bare loop takes the same steps on the same data (plan,
 parts, noise, patients drawn) and nothing else: no ledger, trail, reply on disk, message, sum or checkpoint.
 A pair is a simulation and, right after it, the loop; each gives its median round, the first left out.
 """
@@ -25,13 +26,13 @@ from benchmarks.many_sites import shown
 from client.memory import keep_freed_blocks
 
 COMMAND = str(Path(sys.executable).with_name("feverfew-simulate"))
-PLAN = ["engine.workers=1", "plan.randomness=seeded", "plan.evaluation.validation_every=0"]
+PLAN = ["plan.randomness=seeded", "plan.evaluation.validation_every=0"]
 ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
-def simulated(place: Path, run: str, *, rounds: int) -> float:
+def simulated(place: Path, run: str, *, rounds: int, workers: int) -> float:
     """Returns the median seconds from the beginning of a round to that of the next."""
-    command = [COMMAND, *PLAN, f"plan.rounds={rounds}", f"hydra.run.dir={run}"]
+    command = [COMMAND, *PLAN, f"engine.workers={workers}", f"plan.rounds={rounds}", f"hydra.run.dir={run}"]
     done = subprocess.run(
         command, cwd=place, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False
     )
@@ -47,11 +48,11 @@ def _median_step(times: list[str]) -> float:
     return float(np.median(np.diff(stamps)[1:]) / np.timedelta64(1, "s"))
 
 
-def bare(place: Path, run: str, *, rounds: int) -> float:
+def bare(place: Path, run: str, *, rounds: int, threads: int) -> float:
     """Returns the median seconds of training every site once by the plan of a run."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.round_overhead", "--bare", str(place / run)]
     done = subprocess.run(
-        [*command, "--rounds", str(rounds)],
+        [*command, "--rounds", str(rounds), "--threads", str(threads)],
         env=os.environ | ENVIRONMENT,
         capture_output=True,
         text=True,
@@ -62,7 +63,7 @@ def bare(place: Path, run: str, *, rounds: int) -> float:
     return float(done.stdout.splitlines()[-1])
 
 
-def loop(run: Path, *, rounds: int) -> float:
+def loop(run: Path, *, rounds: int, threads: int) -> float:
     """The bare loop itself, in this process."""
     import torch
 
@@ -74,7 +75,7 @@ def loop(run: Path, *, rounds: int) -> float:
     from common.calibration import mechanism
     from common.plan import Plan
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     plan = Plan.from_json((run / "plan.json").read_text(encoding="utf-8"))
     sites = [open_site(path.parent) for path in sorted(run.parent.glob("sites/default/*/site.yaml"))]
     parts = [open_cohort(site, asked=plan.asked).parts["train"] for site in sites]
@@ -93,29 +94,34 @@ def loop(run: Path, *, rounds: int) -> float:
 
 
 def main() -> None:
-    """Prints both times of a round and the ratio of pairs."""
+    """Prints the comparison with one thread and with two."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.bare is not None:
-        print(loop(asked.bare, rounds=asked.rounds))
+        print(loop(asked.bare, rounds=asked.rounds, threads=asked.threads[0]))
         return
     keep_freed_blocks()  # as the processes that train at a site: without it the bare loop is slower
-    ours, least = [], []
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        for run in range(asked.runs + 1):
-            seconds = simulated(place, f"run-{run}", rounds=asked.rounds)
-            if run == 0:  # wrote the sites and decoded the images
-                continue
-            ours.append(seconds)
-            least.append(bare(place, f"run-{run}", rounds=asked.rounds))
-    print(f"a simulated round: {shown([1e3 * one for one in ours])} ms")
-    print(f"  its bare loop: {shown([1e3 * one for one in least])} ms")
+        simulated(Path(folder), "first", rounds=1, workers=1)  # writes the sites and decodes the images
+        for threads in asked.threads:
+            compare(Path(folder), threads=threads, runs=asked.runs, rounds=asked.rounds)
+
+
+def compare(place: Path, *, threads: int, runs: int, rounds: int) -> None:
+    """Prints both times of a round and the ratio of pairs, with so many workers and threads."""
+    ours, least = [], []
+    for number in range(runs):
+        run = f"run-{threads}-{number}"
+        ours.append(simulated(place, run, rounds=rounds, workers=threads))
+        least.append(bare(place, run, rounds=rounds, threads=threads))
+    print(f"a simulated round, workers: {threads}: {shown([1e3 * one for one in ours])} ms")
+    print(f"  its bare loop, threads: {threads}: {shown([1e3 * one for one in least])} ms")
     ratios = [one / other for one, other in zip(ours, least, strict=True)]
-    tell("a simulated round over its bare training", ratios, at_most=1.05)
+    tell(f"a simulated round over its bare training, threads: {threads}", ratios, at_most=1.05)
 
 
 if __name__ == "__main__":

@@ -92,6 +92,8 @@ def _answer(
         if task.purpose != purpose:
             raise Refusal("malformed_task", f"expected a task to {purpose}")
         fields = {"run": task.run, "plan_hash": plan.hash, "round": task.server_round, "part": task.part}
+        if task.purpose == "prepare":
+            work.sign_what_others_left(site, run=task.run)
         trail.record(site, "received", purpose=task.purpose, **fields)
         content = do(site, plan, task)
         release.attach_ledger_head(site, content)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -163,7 +163,14 @@ def _first(site: Site, kind: Literal["approve", "refuse"], plan: Plan) -> Policy
 def _note(site: Site, plan: Plan, rule: Policy) -> None:
     """Records, once for a plan, which rule decided."""
     verdict: Verdict = "approved" if rule.decision == "approve" else "refused"
-    former = decision.find(site, plan.hash, by="rule")
-    if former is None or (former.verdict, former.who) != (verdict, rule.name):
+    changed_at = decision.changed_at(site, plan.hash, by="rule")
+    if _ruled(site, plan.hash, changed_at) != (verdict, rule.name):
         decision.record(site, plan, verdict, by="rule", who=rule.name)
         trail.record(site, verdict, plan_hash=plan.hash, by=f"rule {rule.name}")
+
+
+@lru_cache(maxsize=1024)  # each task asks several times, and a decision has a plan and a signature
+def _ruled(site: Site, plan_hash: str, changed_at: int) -> tuple[Verdict, str] | None:
+    """Returns what is noted of a rule's decision, in a file that was changed then."""
+    former = decision.find(site, plan_hash, by="rule")
+    return None if former is None else (former.verdict, former.who)

@@ -31,7 +31,7 @@ from client import (
 )
 from client.case import Case, Refused
 from client.decoding import Job, Manner
-from client.frozen import Frozen, FrozenCase, Progress, freeze
+from client.frozen import Frozen, FrozenCase, Progress, Sources, freeze
 from client.site import Site, SiteSettings
 from common.asked import Asked
 from common.errors import Refusal, UnusableCase
@@ -86,7 +86,7 @@ class Cohort:
 
     version: str
     parts: Mapping[str, Part]
-    sources: Mapping[str, tuple[FrozenCase, ...]]
+    sources: Mapping[str, Sources]
     offered: int
     used: int
     reasons: Mapping[str, int]
@@ -141,7 +141,7 @@ def open_cohort(
     return Cohort(
         version=listed.version,
         parts={name: _part(used[cut], records=store.records[cut], asked=asked) for name, cut in cuts.items()},
-        sources={name: tuple(entry.source for entry in used[cut]) for name, cut in cuts.items()},
+        sources={name: Sources([entry.source for entry in used[cut]]) for name, cut in cuts.items()},
         offered=len(listed.cases) + len(listed.refused),
         used=len(used),
         reasons=dict(sorted(Counter(one.code for one in refused).items())),

@@ -82,6 +82,12 @@ def find(site: Site, plan_hash: str, *, by: Author) -> Decision | None:
     return _read(site, path) if path.exists() else None
 
 
+def changed_at(site: Site, plan_hash: str, *, by: Author) -> int:
+    """Returns when the file of a decision was changed last, in nanoseconds; 0 where there is none."""
+    path = _path(site, plan_hash, by=by)
+    return path.stat().st_ctime_ns if path.exists() else 0
+
+
 def every(site: Site) -> list[Decision]:
     """Returns all valid decisions, the oldest first."""
     found = [told for path in _files(site) if (told := _read(site, path)) is not None]

@@ -1,7 +1,7 @@
 """Cohorts that a process keeps open from task to task, as many as fit.
 
-An open cohort holds its store on disk, and some hundred bytes a case in memory. A hospital has one; a worker
-of a simulation has those of its sites, however many they are, within one bound.
+An open cohort holds its store on disk, a file, and some hundred bytes a case in memory. A hospital has one; a
+worker of a simulation has those of its sites, however many they are, within bounds.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Final
 
 from client.cohort import Cohort
 
-MOST_CASES: Final = 20_000
-"""About 14 MB, and as many of their pixels as tasks have touched."""
+MOST_CASES: Final = 50_000
+"""About 25 MB, and as many of their pixels as tasks have touched."""
+MOST_COHORTS: Final = 600
+"""A process may have 1,024 files open, unless its system says otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +29,15 @@ class Opened:
 
 
 class OpenCohorts:
-    """One cohort for each site directory; those longest unused are closed when all have too many cases.
+    """One cohort for each site directory; those longest unused are closed when they are too many.
 
     Args:
         most_cases: of all that are open; one is open, however large it is.
+        most_cohorts: open at a time.
     """
 
-    def __init__(self, *, most_cases: int = MOST_CASES) -> None:
-        self._most_cases = most_cases
+    def __init__(self, *, most_cases: int = MOST_CASES, most_cohorts: int = MOST_COHORTS) -> None:
+        self._most_cases, self._most_cohorts = most_cases, most_cohorts
         self._open: OrderedDict[Path, tuple[Hashable, Opened]] = OrderedDict()
         self._cases = 0
 
@@ -51,9 +54,13 @@ class OpenCohorts:
         opened = Opened(cohort=make())
         self._open[directory] = (wanted, opened)
         self._cases += opened.cohort.offered
-        while self._cases > self._most_cases and len(self._open) > 1:
+        while self._are_too_many():
             self._close(next(iter(self._open)))
         return opened
+
+    def _are_too_many(self) -> bool:
+        has_too_many_cases = self._cases > self._most_cases and len(self._open) > 1
+        return has_too_many_cases or len(self._open) > self._most_cohorts
 
     def _close(self, directory: Path) -> None:
         known = self._open.pop(directory, None)

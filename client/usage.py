@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,7 +44,7 @@ class Use:
 
 
 def record(
-    site: Site, *, run: str, plan_hash: str, part: str, cohort_version: str, cases: Sequence[FrozenCase]
+    site: Site, *, run: str, plan_hash: str, part: str, cohort_version: str, cases: Iterable[FrozenCase]
 ) -> None:
     """Adds to a run's file the cases that it does not have yet; nothing is ever taken out.
 

@@ -76,6 +76,12 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
     return prepared(site, status=status, reason=reason)
 
 
+@lru_cache(maxsize=64)
+def sign_what_others_left(site: Site, *, run: str) -> None:
+    """Signs the trail before the first line of a run: one that ended badly is not told so to the site."""
+    trail.sign(site)
+
+
 def prepared(site: Site, *, status: str, reason: str) -> Prepared:
     """Returns an answer to prepare: the site's public constants beside it."""
     return Prepared(
@@ -286,7 +292,6 @@ def _newly_opened(site: Site, asked: Asked) -> Cohort:
 def _note_answer(site: Site, run: str, plan_hash: str, status: str, reason: str) -> None:
     """Tells the trail what a run was answered; the same answer, which a waiting site gives for days, once."""
     trail.record(site, "prepared", run=run, plan_hash=plan_hash, status=status, reason=reason)
-    trail.sign(site)  # a run that ended badly is not told to the site, so what it left is signed here
 
 
 def _note_use(site: Site, run: str, plan_hash: str, part: str, opened: Opened) -> None:

@@ -76,25 +76,27 @@ def task_of(asked: Plan, purpose: Any = "train", **changes: Any) -> Task:
     return Task(**(fields | changes))
 
 
-def answer(site: Site, asked: Plan, task: Task, *, content: RecordDict | None = None) -> RecordDict:
+def answer(
+    site: Site, asked: Plan, task: Task, *, content: RecordDict | None = None, run: str = "run-1"
+) -> RecordDict:
     """Sends a task to the app as Flower does; the reply crosses as bytes, as it would to another process."""
     record = exchange.task_record(task) if content is None else content
     message = Message(record, 7, TYPES[task.purpose])
     flower.assign_id(message)
-    reply = app(message, context(site, asked))
+    reply = app(message, context(site, asked, run=run))
     assert not reply.has_error()
     content = flower.unpack_message(flower.pack_message(reply)).content
     exchange.detach_head(content)  # as the coordinator does first
     return content
 
 
-def context(site: Site, asked: Plan) -> Context:
+def context(site: Site, asked: Plan, *, run: str = "run-1") -> Context:
     return Context(
         run_id=1,
         node_id=7,
         node_config={"site": str(site.directory)},
         state=RecordDict(),
-        run_config={"plan": asked.to_json(), "run": "run-1"},
+        run_config={"plan": asked.to_json(), "run": run},
     )
 
 

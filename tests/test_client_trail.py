@@ -70,13 +70,26 @@ def test_the_trail_of_a_site_tells_who_approved_and_what_was_received_charged_an
     ]
 
 
-def test_approval_prepare_and_the_end_of_a_run_are_signed(site: Site, asked: Plan) -> None:
+def test_approval_and_the_end_of_a_run_are_signed_and_what_it_left_when_the_next_begins(
+    site: Site, asked: Plan
+) -> None:
     ran(site, asked)
     kinds = [event["event"] for event in events(site)]
     signed = [kinds[place - 1] for place, kind in enumerate(kinds) if kind == "signed"]
-    assert signed == ["approved", "prepared", "model_received"]
+    assert signed == ["approved", "model_received"]
     found = trail.verify(site)
     assert found.is_unbroken and found.signed_to == len(kinds)
+
+
+def test_what_a_run_that_broke_off_left_is_signed_when_the_next_begins(site: Site, asked: Plan) -> None:
+    approval.decide(site, asked, "approved")
+    answer(site, asked, task_of(asked, "prepare", server_round=0))
+    answer(site, asked, task_of(asked))
+    answer(site, asked, task_of(asked, "prepare", server_round=0, run="run-2"), run="run-2")
+    kinds = [event["event"] for event in events(site)]
+    place = len(kinds) - 1 - kinds[::-1].index("signed")
+    assert kinds[place - 1] == "charged" and kinds[place + 1 :] == ["received", "prepared"]
+    assert trail.verify(site).signed_to == place + 1
 
 
 def verb(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:

@@ -198,6 +198,10 @@ def test_open_cohorts_hold_so_many_cases_whatever_the_number_of_sites() -> None:
     for number in range(1000):
         many.get(Path(f"{number}"), 1, lambda: cohort_of(10))
     assert len(few) == len(many) == 10
+    tiny = OpenCohorts(most_cases=10_000, most_cohorts=7)
+    for number in range(1000):
+        tiny.get(Path(f"{number}"), 1, lambda: cohort_of(1))
+    assert len(tiny) == 7, "each has a file open"
 
 
 def test_an_open_cohort_is_used_again_until_another_is_wanted_and_the_longest_unused_goes() -> None:
