@@ -6,7 +6,7 @@ Everything here is a function of public values; nothing reads data or state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -159,7 +159,7 @@ class Mechanism:
 
     sample_rate: float
     noise_multiplier: float
-    evaluation_noise_multiplier: dict[str, float]
+    evaluation_noise_multiplier: Mapping[str, float]
 
     def training(self, steps: int) -> Spend:
         """The spend of ``steps`` training steps."""
@@ -181,6 +181,7 @@ def sample_rate(plan: Plan, *, nominal_patients: int) -> float:
     return min(1.0, plan.training.expected_batch / nominal_patients)
 
 
+@lru_cache(maxsize=1024)  # each task asks, and telling whether a target can be reached takes some ms
 def mechanism(plan: Plan, *, nominal_patients: int) -> Mechanism:
     """Returns rate and noise of a site; patients of another part never see the same noise, so each part
     may cost the whole target (the parts are disjoint sets of patients).
