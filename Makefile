@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# CI replaces these two: all tests but those for a GPU, under coverage.
+# CI replaces these two: it also runs the slow ones and real federations, and asks for coverage.
 TEST_MARKS ?= not slow and not deployment and not gpu and not soak
 RUN ?= pytest --numprocesses 2 --dist loadfile
 
