@@ -6,8 +6,10 @@ at a few times a second, so a peak of some milliseconds is missed.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
+import signal
 import subprocess
 import threading
 import time
@@ -21,18 +23,29 @@ _MARK = "FEVERFEW_BENCHMARK"
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Wall time, peak PSS of all processes, and how many they were then."""
+    """Wall time, peak PSS of all processes, and how many they were then.
+
+    ``is_whole``: whether the command came to its end; else it was ended when its time was over.
+    """
 
     seconds: float
     megabytes: float
     processes: int
+    is_whole: bool = True
 
 
-def measured(command: Sequence[str], *, cwd: Path, more: Mapping[str, str] | None = None) -> Cost:
-    """Runs a command to its end.
+def measured(
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    more: Mapping[str, str] | None = None,
+    at_most_seconds: float | None = None,
+) -> Cost:
+    """Runs a command to its end, or with all processes that it started to the end of its time.
 
     Args:
         more: environment variables beside those of this process.
+        at_most_seconds: its time; None for as long as it takes.
 
     Raises:
         SystemExit: the command failed; its standard error.
@@ -50,18 +63,37 @@ def measured(command: Sequence[str], *, cwd: Path, more: Mapping[str, str] | Non
     watcher = threading.Thread(target=look)
     begun = time.monotonic()
     watcher.start()
+    is_whole = True
     try:
         done = subprocess.run(
-            list(command), cwd=cwd, env=environment, capture_output=True, text=True, check=False
+            list(command),
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=at_most_seconds,
         )
-        seconds = time.monotonic() - begun
+        if done.returncode:
+            raise SystemExit(done.stderr)
+    except subprocess.TimeoutExpired:
+        is_whole = False
     finally:
+        seconds = time.monotonic() - begun
         over.set()
         watcher.join()
-    if done.returncode:
-        raise SystemExit(done.stderr)
+        _end(token)
     megabytes, processes = max(peaks)
-    return Cost(seconds=seconds, megabytes=megabytes, processes=processes)
+    return Cost(seconds=seconds, megabytes=megabytes, processes=processes, is_whole=is_whole)
+
+
+def _end(token: str) -> None:
+    """Ends what is left of a command, however often it starts another process."""
+    while found := _marked(token):
+        for process in found:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(process.name), signal.SIGKILL)
+        time.sleep(0.1)
 
 
 def _marked(token: str) -> list[Path]:
