@@ -39,7 +39,11 @@ class PatientGradients(Protocol):
 
 
 class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
-    """Opacus' optimizer with noise from a cryptographic stream instead of torch's generator."""
+    """Opacus' optimizer with noise from a cryptographic stream instead of torch's generator.
+
+    What is summed, patients and noise alike, is divided by the expected batch before it is added: afterwards
+    it would be one more pass over as many numbers as the network has.
+    """
 
     def __init__(self, optimizer: Any, *, noise: Gaussian, **settings: Any) -> None:
         super().__init__(optimizer, **settings)
@@ -52,16 +56,19 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def accumulate(self, factors: torch.Tensor, contributions: list[Contribution]) -> None:
         """Adds a batch's sums of clipped gradients; empties the list, so that its memory is free again."""
+        shares = factors / self.expected_batch_size
         for parameter in reversed(self.params):
-            clipped = contributions.pop().weighted_sum(factors)
+            clipped = contributions.pop().weighted_sum(shares)
             former = parameter.summed_grad
             parameter.summed_grad = clipped if former is None else former + clipped
 
     def add_noise(self) -> None:
-        """Writes the noised sum of clipped gradients to ``p.grad``; a sum of nobody is zero.
+        """Writes the noised sum of clipped gradients, over the expected batch, to ``p.grad``; a sum of nobody
+        is zero.
 
         The noise is drawn in pieces and added in place: all of it at once is as large as the network.
         """
+        std = self.noise_multiplier * self.max_grad_norm / self.expected_batch_size
         remaining = sum(parameter.numel() for parameter in self.params)
         piece = np.empty(0, dtype=np.float32)
         for parameter in self.params:
@@ -71,11 +78,13 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
             while len(sums):
                 if not len(piece):
                     piece = self._noise.standard_normal((min(PIECE, remaining),), dtype=np.float32)
-                    piece *= np.float32(self.noise_multiplier * self.max_grad_norm)
                     remaining -= len(piece)
                 count = min(len(sums), len(piece))
-                sums[:count] += torch.from_numpy(piece[:count])
+                sums[:count].add_(torch.from_numpy(piece[:count]), alpha=std)
                 sums, piece = sums[count:], piece[count:]
+
+    def scale_grad(self) -> None:
+        """Does nothing: all that was added is divided already."""
 
 
 def patient_gradients(

@@ -327,12 +327,12 @@ def test_noise_in_pieces_has_the_bits_of_one_draw() -> None:
         noise=Gaussian(bytes(32)),
         noise_multiplier=0.5,
         max_grad_norm=1.0,
-        expected_batch_size=1,
+        expected_batch_size=4,
         loss_reduction="mean",
     )
     network[2].summed_grad = torch.full((5,), 2.0)
     optimizer.add_noise()
-    drawn = Gaussian(bytes(32)).standard_normal((sum(sizes),), dtype=np.float32) * np.float32(0.5)
+    drawn = Gaussian(bytes(32)).standard_normal((sum(sizes),), dtype=np.float32) * np.float32(0.5 / 4)
     expected = np.split(drawn, np.cumsum(sizes)[:-1])
     expected[2] = expected[2] + 2
     for parameter, noise in zip(network, expected, strict=True):
