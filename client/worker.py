@@ -19,7 +19,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from flwr.app import Context, Error, Message
 
-from client import crew, memory
+from client import crew
 from client import log as log_lines
 from common import flower, logline
 from common.errors import DeploymentError
@@ -54,14 +54,6 @@ DEFAULT_APP: Final = "client.app:app"
 PING: Final = b""
 RUN_NAME: Final = re.compile(r"[a-z0-9-]{1,64}")
 KILL_SECONDS: Final = 5.0
-
-
-def forkserver(*, preload: Sequence[str] = ()) -> BaseContext:
-    """Returns a multiprocessing context whose processes start from a server that has imported ``preload``."""
-    memory.keep_freed_blocks()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
-    return context
 
 
 def error_reply(message: Message, reason: str) -> Message:

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from client import crew
-from client.worker import forkserver
+from client.memory import forkserver
 from common.command import exit_code
 from common.errors import RunError
 from common.plan import NoPrivacy, Plan

@@ -8,7 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from client.worker import Worker, forkserver
+from client.memory import forkserver
+from client.worker import Worker
 
 
 class Workers:

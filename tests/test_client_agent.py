@@ -14,10 +14,11 @@ from client import agent as agents
 from client import patience, presence, skeleton, trail
 from client.agent import Agent, open_agent
 from client.fleet import Task, without_superseded
+from client.memory import forkserver
 from client.patience import is_temporary
 from client.route import Barred
 from client.site import Site, open_site
-from client.worker import Worker, forkserver
+from client.worker import Worker
 from common import flower
 from common.errors import DeploymentError, UserError
 from common.trail import read

@@ -11,7 +11,7 @@ from client.memory import keep_freed_blocks
 
 FREED = """
 import multiprocessing, resource, torch
-from client.worker import forkserver
+from client.memory import forkserver
 
 def faults(pipe):
     for _ in range(20):

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.worker import Worker, forkserver
+from client.memory import forkserver
+from client.worker import Worker
 from common import flower
 from common.errors import DeploymentError
 from tests import tiny

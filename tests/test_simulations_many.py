@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from flwr.app import Message, RecordDict
 
+from client.memory import forkserver
 from client.opened import OpenCohorts
 from client.site import open_site
-from client.worker import WORKER_DIED, forkserver
+from client.worker import WORKER_DIED
 from common import flower
 from common.trail import read
 from server.report import Report
