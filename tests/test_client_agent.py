@@ -121,10 +121,10 @@ def agent(site: Site, fleet: ScriptedFleet) -> Iterator[Agent]:
 
 
 def run_until(agent: Agent, condition: Callable[[], bool]) -> None:
-    """Runs an agent in a thread until a condition holds, at most 10 seconds."""
+    """Runs an agent in a thread until a condition holds, at most 30 seconds."""
     thread = threading.Thread(target=agent.run)
     thread.start()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not condition() and time.monotonic() < deadline and thread.is_alive():
         time.sleep(0.01)
     held = condition()
