@@ -95,7 +95,7 @@ class Journal:
     def transaction(self) -> Iterator[None]:
         """Keeps other processes out; all of its rows are durable at the end, or none."""
         with self._lock:
-            was_sound, before = self._is_as_left(), self.head()
+            was_sound = self._is_as_left()
             self._database.execute("BEGIN IMMEDIATE")
             try:
                 yield
@@ -104,7 +104,7 @@ class Journal:
                 raise
             self._database.execute("COMMIT")
             head = self.head()
-            if head.hash != before.hash:
+            if head.hash != self._remembered().hash:  # also where a crash has kept it from an earlier row
                 self._remember(head)
             if was_sound:
                 _sound[self._path] = self._stamp()

@@ -437,6 +437,17 @@ def test_crash_between_the_two_files_is_no_loss(path: Path) -> None:
     assert json.loads(path.with_name("ledger.head").read_text())["number"] == 4
 
 
+def test_second_file_catches_up_after_a_crash_although_no_row_is_added(path: Path) -> None:
+    """Else the last row could be taken away until the next one is written."""
+    fill(path, 2)
+    head = path.with_name("ledger.head").read_bytes()
+    fill_more(path, 2, 3)
+    path.with_name("ledger.head").write_bytes(head)
+    with opened(path) as ledger:
+        assert not ledger.charge(charge_of("task-3", server_round=3), max_repeats=0)
+    assert json.loads(path.with_name("ledger.head").read_text())["number"] == 3
+
+
 def roll_back_everything(path: Path, *, rounds: int, lost: int) -> chain.Head:
     """Both files as they were ``lost`` rows ago; returns the head that a coordinator remembers."""
     fill(path, rounds - lost)
