@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 
 from client.contribution import Contribution, Patches, Products, Rows
 from client.training import Batch
@@ -41,6 +42,10 @@ class Book:
         """Returns values in the type that layers of many products are computed in."""
         return values if self.compute is None else values.to(self.compute)
 
+    def bias(self, layer: Any) -> Tensor | None:
+        """Returns a layer's bias in that type, if it has one."""
+        return None if layer.bias is None else self.cast(layer.bias)
+
     def add(self, parameter: nn.Parameter, contribution: Contribution) -> None:
         """Notes a contribution; those of several uses of a parameter add up."""
         if self.uses[parameter] > 1:
@@ -72,3 +77,9 @@ class Book:
         """Takes the input of a layer out of the graph: all that is computed of it would be kept for another
         backward pass."""
         return values.detach().to(self.shares.dtype)
+
+
+def applied(function: type[Function], *arguments: Any) -> Tensor:
+    """Returns what a Function of torch makes of its arguments."""
+    found: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return found

@@ -2,7 +2,7 @@
 
 Forward is as torch does it; backward gives the input's gradient, and to the book what the patients
 contribute. Parameters are among the inputs, though they get no gradient: without one that needs a gradient
-there would be no backward for the first layer.
+there would be no backward for the first layer. Those of convolutions are in ``client/convolution.py``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional
 
-from client import precision
-from client.book import Book
-from client.contribution import Contribution, Products, Rows
+from client.book import Book, applied
+from client.contribution import Rows, smaller
+from client.convolution import convolution, transposed
 
-FEW_POSITIONS: Final = 64
-"""Up to here a product of matrices is faster than a convolution of one pixel's size."""
-FEW_PRODUCTS: Final = 16
-"""Up to here the patches of a convolution are small beside the gradients of its weights."""
 _CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _INSTANCE_NORMS: Final = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -37,7 +33,7 @@ class _Linear(Function):
         ctx.layer, ctx.book = layer, book
         inputs, weight = book.cast(inputs), book.cast(weight)
         ctx.save_for_backward(inputs, weight)
-        return functional.linear(inputs, weight, _bias(layer, book))
+        return functional.linear(inputs, weight, book.bias(layer))
 
     @staticmethod
     @once_differentiable
@@ -47,117 +43,10 @@ class _Linear(Function):
         positions = (len(inputs), -1)
         left = outer.reshape(*positions, outer.shape[-1]).transpose(1, 2)
         right = inputs.reshape(*positions, inputs.shape[-1]).transpose(1, 2)
-        book.add(layer.weight, _smaller(book.products(left, right, shape=weight.shape)))
+        book.add(layer.weight, smaller(book.products(left, right, shape=weight.shape)))
         if layer.bias is not None:
             book.add(layer.bias, book.mean(left.sum(dim=2)))
         return None, None, outer @ weight if ctx.needs_input_grad[2] else None, None
-
-
-class _Pointwise(Function):
-    """A convolution that is a linear layer at each position, where there are few: one product of matrices.
-
-    torch makes one product for each case, which costs many times as much for a late layer of a large network.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, layer: Any, book: Book, inputs: Tensor, weight: Tensor) -> Tensor:
-        ctx.layer, ctx.book = layer, book
-        inputs, weight = book.cast(inputs), book.cast(weight)
-        ctx.save_for_backward(inputs, weight)
-        columns = weight.flatten(1) @ _columns(inputs)
-        bias = _bias(layer, book)
-        if bias is not None:
-            columns += bias[:, None]
-        return _from_columns(columns, like=inputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> Any:
-        inputs, weight = ctx.saved_tensors
-        layer, book = ctx.layer, ctx.book
-        left = outer.flatten(2)
-        book.add(layer.weight, _smaller(book.products(left, inputs.flatten(2), shape=weight.shape)))
-        if layer.bias is not None:
-            book.add(layer.bias, book.mean(left.sum(dim=2)))
-        of_inputs = None
-        if ctx.needs_input_grad[2]:
-            of_inputs = _from_columns(weight.flatten(1).T @ _columns(outer), like=outer)
-        return None, None, of_inputs, None
-
-
-def _bias(layer: Any, book: Book) -> Tensor | None:
-    return None if layer.bias is None else book.cast(layer.bias)
-
-
-def _columns(values: Tensor) -> Tensor:
-    """(cases, channels, *size) -> (channels, cases x positions)"""
-    return values.transpose(0, 1).reshape(values.shape[1], -1)
-
-
-def _from_columns(columns: Tensor, *, like: Tensor) -> Tensor:
-    return columns.view(-1, len(like), *like.shape[2:]).transpose(0, 1).contiguous()
-
-
-class _Convolution(Function):
-    @staticmethod
-    def forward(
-        ctx: Any, layer: Any, book: Book, inputs: Tensor, weight: Tensor, padding: tuple[int, ...]
-    ) -> Tensor:
-        ctx.layer, ctx.book = layer, book
-        ctx.settings = (
-            *(layer.stride, padding, layer.dilation, layer.transposed),
-            *(layer.output_padding, layer.groups),
-        )
-        inputs, weight = book.cast(inputs), book.cast(weight)
-        ctx.save_for_backward(inputs, weight)
-        return torch.convolution(inputs, weight, _bias(layer, book), *ctx.settings)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> Any:
-        inputs, weight = ctx.saved_tensors
-        outer, inputs = outer.contiguous(), inputs.contiguous()
-        if _has_few_products(ctx.layer, outer):
-            _note_patches(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
-        else:
-            _note_cases_as_groups(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
-        of_inputs = None
-        if ctx.needs_input_grad[2]:
-            of_inputs = torch.ops.aten.convolution_backward(
-                outer, inputs, weight, None, *ctx.settings, [True, False, False]
-            )[0]
-        return None, None, of_inputs, None, None
-
-
-def _has_few_products(layer: Any, outer: Tensor) -> bool:
-    """Says whether the gradients of a flat convolution are better left as products."""
-    positions = outer[0, 0].numel()
-    is_known = isinstance(layer, nn.Conv2d) and layer.groups == 1
-    return is_known and positions <= FEW_PRODUCTS and 2 * positions**2 <= layer.weight.numel()
-
-
-def _note_patches(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
-    book.add(layer.weight, book.patches(outer, inputs, geometry=settings[:3], shape=layer.weight.shape))
-    if layer.bias is not None:
-        book.add(layer.bias, book.mean(outer.flatten(2).sum(dim=2)))
-
-
-def _note_cases_as_groups(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
-    """One native call for the weights of all cases: to a convolution, each case is a group of channels."""
-    cases, shape = len(inputs), layer.weight.shape
-    *geometry, groups = settings
-    if precision.is_slow_in_groups(outer.dtype):
-        outer, inputs = outer.float(), inputs.float()
-    of_all = layer.weight.new_empty(cases * shape[0], *shape[1:])  # for its shape; its values are not read
-    _, weights, _ = torch.ops.aten.convolution_backward(
-        outer.view(1, -1, *outer.shape[2:]),
-        inputs.view(1, -1, *inputs.shape[2:]),
-        *(of_all, None, *geometry, cases * groups),
-        [False, True, False],
-    )
-    book.add(layer.weight, book.mean(weights.view(cases, *shape)))
-    if layer.bias is not None:
-        book.add(layer.bias, book.mean(outer.flatten(2).sum(dim=2)))  # torch's own takes longer
 
 
 class _GroupNorm(Function):
@@ -285,80 +174,37 @@ def _bare(layer: nn.Module) -> nn.Module:
 
 
 def _linear(layer: nn.Linear, book: Book, inputs: Tensor) -> Tensor:
-    return _applied(_Linear, layer, book, inputs, layer.weight)
-
-
-def _convolution(layer: Any, book: Book, inputs: Tensor) -> Tensor:
-    if _is_pointwise(layer) and inputs[0, 0].numel() <= FEW_POSITIONS:
-        return _applied(_Pointwise, layer, book, inputs, layer.weight)
-    padding, inputs = _padding(layer, inputs)
-    return _applied(_Convolution, layer, book, inputs, layer.weight, padding)
-
-
-def _transposed(layer: Any, book: Book, inputs: Tensor) -> Tensor:
-    return _applied(_Convolution, layer, book, inputs, layer.weight, layer.padding)
+    return applied(_Linear, layer, book, inputs, layer.weight)
 
 
 def _group_norm(layer: nn.GroupNorm, book: Book, inputs: Tensor) -> Tensor:
-    return _applied(_GroupNorm, layer, book, inputs, layer.weight, layer.num_groups)
+    return applied(_GroupNorm, layer, book, inputs, layer.weight, layer.num_groups)
 
 
 def _instance_norm(layer: Any, book: Book, inputs: Tensor) -> Tensor:
-    return _applied(_GroupNorm, layer, book, inputs, layer.weight, layer.num_features)
+    return applied(_GroupNorm, layer, book, inputs, layer.weight, layer.num_features)
 
 
 def _layer_norm(layer: nn.LayerNorm, book: Book, inputs: Tensor) -> Tensor:
-    return _applied(_LayerNorm, layer, book, inputs, layer.weight)
+    return applied(_LayerNorm, layer, book, inputs, layer.weight)
 
 
 def _embedding(layer: nn.Embedding, book: Book, indices: Tensor) -> Tensor:
     if layer.max_norm is not None or layer.scale_grad_by_freq:
         raise ValueError("expected an embedding without max_norm and scale_grad_by_freq: they mix patients")
-    return _applied(_Embedding, layer, book, indices, layer.weight)
+    return applied(_Embedding, layer, book, indices, layer.weight)
 
 
 def other(layer: nn.Module, book: Book, inputs: Tensor) -> Tensor:
-    return _applied(_Other, layer, book, inputs, *layer.parameters(recurse=False))
-
-
-def _applied(function: type[Function], *arguments: Any) -> Tensor:
-    found: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
-    return found
+    return applied(_Other, layer, book, inputs, *layer.parameters(recurse=False))
 
 
 FORWARDS: Final[dict[Any, Callable[..., Tensor]]] = {
     nn.Linear: _linear,
-    **dict.fromkeys(_CONVOLUTIONS, _convolution),
-    **dict.fromkeys(_TRANSPOSED, _transposed),
+    **dict.fromkeys(_CONVOLUTIONS, convolution),
+    **dict.fromkeys(_TRANSPOSED, transposed),
     nn.GroupNorm: _group_norm,
     **dict.fromkeys(_INSTANCE_NORMS, _instance_norm),
     nn.LayerNorm: _layer_norm,
     nn.Embedding: _embedding,
 }
-
-
-def _padding(layer: Any, inputs: Tensor) -> tuple[tuple[int, ...], Tensor]:
-    """Returns what the convolution pads by itself, and its input with all other padding."""
-    around = layer._reversed_padding_repeated_twice
-    none = (0,) * len(layer.kernel_size)
-    if layer.padding_mode != "zeros":
-        return none, functional.pad(inputs, around, mode=layer.padding_mode)
-    if not isinstance(layer.padding, str):
-        return layer.padding, inputs
-    before, after = around[::2], around[1::2]
-    if before == after:
-        return tuple(reversed(before)), inputs
-    return none, functional.pad(inputs, around)
-
-
-def _is_pointwise(layer: Any) -> bool:
-    """Says whether a convolution is a linear layer at each position."""
-    alone = all(size == 1 for size in (*layer.kernel_size, *layer.stride))
-    padded = layer.padding != "same" and any(layer.padding)
-    return alone and layer.groups == 1 and not layer.transposed and not padded
-
-
-def _smaller(products: Products) -> Contribution:
-    """Chooses as Bu et al. do: by the size of what has to be multiplied, or kept."""
-    matrix = products.left.shape[1] * products.right.shape[1]
-    return products if 2 * products.left.shape[2] ** 2 <= matrix else Rows(products.rows())

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
+from client import convolution
 from client.book import Book
 from client.bookkeeping import BookKeeping, NotSupported
 from client.contribution import Patches, Products, Rows, clip_factors
+from client.convolution import _in_groups
 from client.hooked import ExpandedWeights
 from client.training import Batch, case_losses
 from common import model
@@ -142,6 +144,24 @@ def test_every_patient_contributes_what_autograd_says(
     images = torch.randn(sum(cases), *shape, dtype=dtype)
     targets = torch.randn_like(network(images))
     require_equal(network, batch_of(images, targets, cases))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(("large", "is_alone"), [(10**6, False), (1, True)])
+def test_cases_done_alone_and_as_groups_contribute_the_same(
+    dims: int, large: int, is_alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(convolution, "LARGE_KERNEL", {False: large, True: large})
+    calls = []
+    monkeypatch.setattr(
+        convolution, "_in_groups", lambda *all, **named: calls.append(1) or _in_groups(*all, **named)
+    )
+    torch.manual_seed(0)
+    layer = CONVOLUTIONS[dims](3, 4, kernel_size=3, stride=2, padding=1, dilation=2).double()
+    images = torch.randn(6, 3, *[9] * dims, dtype=torch.float64)
+    targets = torch.randn_like(layer(images))
+    require_equal(nn.Sequential(layer), batch_of(images, targets, [2, 1, 3]))
+    assert (not calls) is is_alone
 
 
 class _Scaled(nn.Module):

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from client import precision
 from client.bookkeeping import BookKeeping
@@ -81,9 +82,15 @@ def has_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return bool(request.param)
 
 
-def test_only_bfloat16_is_slow_in_groups_and_only_on_tiles(has_tiles: bool) -> None:
-    assert precision.is_slow_in_groups(BF16) is has_tiles
-    assert not precision.is_slow_in_groups(torch.float32)
+@pytest.mark.parametrize(
+    ("channels", "groups", "fills"), [((16, 32), 1, True), ((8, 16), 1, False), ((16, 16), 2, False)]
+)
+def test_only_bfloat16_is_slow_in_groups_and_only_on_tiles_that_are_not_full(
+    has_tiles: bool, channels: tuple[int, int], groups: int, fills: bool
+) -> None:
+    layer = nn.Conv2d(*channels, 3, groups=groups)
+    assert precision.is_slow_in_groups(BF16, layer) is (has_tiles and not fills)
+    assert not precision.is_slow_in_groups(torch.float32, layer)
 
 
 @pytest.mark.usefixtures("has_tiles")

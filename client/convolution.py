@@ -1,0 +1,177 @@
+"""Functions of convolutions: what patients contribute to their parameters, in their backward."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from client import precision
+from client.book import Book, applied
+from client.contribution import smaller
+
+FEW_POSITIONS: Final = 64
+"""Up to here a product of matrices is faster than a convolution of one pixel's size."""
+FEW_PRODUCTS: Final = 16
+"""Up to here the patches of a convolution are small beside the gradients of its weights."""
+VECTOR: Final = 8
+"""Channels that a vector of the processor holds."""
+LARGE_KERNEL: Final = {False: 49, True: 27}
+"""Numbers of a kernel from which one call a case is faster, in float32 and in bfloat16."""
+
+
+def convolution(layer: Any, book: Book, inputs: Tensor) -> Tensor:
+    if _is_pointwise(layer) and inputs[0, 0].numel() <= FEW_POSITIONS:
+        return applied(_Pointwise, layer, book, inputs, layer.weight)
+    padding, inputs = _padding(layer, inputs)
+    return applied(_Convolution, layer, book, inputs, layer.weight, padding)
+
+
+def transposed(layer: Any, book: Book, inputs: Tensor) -> Tensor:
+    return applied(_Convolution, layer, book, inputs, layer.weight, layer.padding)
+
+
+class _Pointwise(Function):
+    """A convolution that is a linear layer at each position, where there are few: one product of matrices.
+
+    torch makes one product for each case, which costs many times as much for a late layer of a large network.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, layer: Any, book: Book, inputs: Tensor, weight: Tensor) -> Tensor:
+        ctx.layer, ctx.book = layer, book
+        inputs, weight = book.cast(inputs), book.cast(weight)
+        ctx.save_for_backward(inputs, weight)
+        columns = weight.flatten(1) @ _columns(inputs)
+        bias = book.bias(layer)
+        if bias is not None:
+            columns += bias[:, None]
+        return _from_columns(columns, like=inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        inputs, weight = ctx.saved_tensors
+        layer, book = ctx.layer, ctx.book
+        left = outer.flatten(2)
+        book.add(layer.weight, smaller(book.products(left, inputs.flatten(2), shape=weight.shape)))
+        if layer.bias is not None:
+            book.add(layer.bias, book.mean(left.sum(dim=2)))
+        of_inputs = None
+        if ctx.needs_input_grad[2]:
+            of_inputs = _from_columns(weight.flatten(1).T @ _columns(outer), like=outer)
+        return None, None, of_inputs, None
+
+
+def _columns(values: Tensor) -> Tensor:
+    """(cases, channels, *size) -> (channels, cases x positions)"""
+    return values.transpose(0, 1).reshape(values.shape[1], -1)
+
+
+def _from_columns(columns: Tensor, *, like: Tensor) -> Tensor:
+    return columns.view(-1, len(like), *like.shape[2:]).transpose(0, 1).contiguous()
+
+
+class _Convolution(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Any, book: Book, inputs: Tensor, weight: Tensor, padding: tuple[int, ...]
+    ) -> Tensor:
+        ctx.layer, ctx.book = layer, book
+        ctx.settings = (
+            *(layer.stride, padding, layer.dilation, layer.transposed),
+            *(layer.output_padding, layer.groups),
+        )
+        inputs, weight = book.cast(inputs), book.cast(weight)
+        ctx.save_for_backward(inputs, weight)
+        return torch.convolution(inputs, weight, book.bias(layer), *ctx.settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> Any:
+        inputs, weight = ctx.saved_tensors
+        outer, inputs = outer.contiguous(), inputs.contiguous()
+        if _has_few_products(ctx.layer, outer):
+            _note_patches(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
+        else:
+            _note_one_by_one(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
+        of_inputs = None
+        if ctx.needs_input_grad[2]:
+            of_inputs = torch.ops.aten.convolution_backward(
+                outer, inputs, weight, None, *ctx.settings, [True, False, False]
+            )[0]
+        return None, None, of_inputs, None, None
+
+
+def _has_few_products(layer: Any, outer: Tensor) -> bool:
+    """Says whether the gradients of a flat convolution are better left as products."""
+    positions = outer[0, 0].numel()
+    is_known = isinstance(layer, nn.Conv2d) and layer.groups == 1
+    return is_known and positions <= FEW_PRODUCTS and 2 * positions**2 <= layer.weight.numel()
+
+
+def _note_patches(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
+    book.add(layer.weight, book.patches(outer, inputs, geometry=settings[:3], shape=layer.weight.shape))
+    if layer.bias is not None:
+        book.add(layer.bias, book.mean(outer.flatten(2).sum(dim=2)))
+
+
+def _note_one_by_one(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
+    """A native call for each case, or one for all: to a convolution, each case is a group of channels."""
+    if _is_faster_alone(layer, outer.dtype):
+        pairs = zip(outer[:, None], inputs[:, None], strict=True)
+        by_case = torch.stack([_of_weights(*pair, layer.weight, settings) for pair in pairs])
+    else:
+        if precision.is_slow_in_groups(outer.dtype, layer):
+            outer, inputs = outer.float(), inputs.float()
+        by_case = _in_groups(layer.weight, outer, inputs, settings=settings)
+    book.add(layer.weight, book.mean(by_case))
+    if layer.bias is not None:
+        book.add(layer.bias, book.mean(outer.flatten(2).sum(dim=2)))  # torch's own takes longer
+
+
+def _in_groups(weight: Tensor, outer: Tensor, inputs: Tensor, *, settings: Any) -> Tensor:
+    cases, (*geometry, groups) = len(inputs), settings
+    of_all = weight.new_empty(
+        cases * len(weight), *weight.shape[1:]
+    )  # for its shape; its values are not read
+    outer, inputs = (one.view(1, -1, *one.shape[2:]) for one in (outer, inputs))
+    return _of_weights(outer, inputs, of_all, (*geometry, cases * groups)).view(cases, *weight.shape)
+
+
+def _of_weights(outer: Tensor, inputs: Tensor, weight: Tensor, settings: Any) -> Tensor:
+    found: Tensor = torch.ops.aten.convolution_backward(
+        outer, inputs, weight, None, *settings, [False, True, False]
+    )[1]
+    return found
+
+
+def _is_faster_alone(layer: Any, dtype: torch.dtype) -> bool:
+    """Says so of large kernels over the few channels of an image, which fill no vector in a group."""
+    known = layer.groups == 1 and not layer.transposed and layer.in_channels % VECTOR != 0
+    return known and layer.weight[0].numel() >= LARGE_KERNEL[dtype == torch.bfloat16]
+
+
+def _padding(layer: Any, inputs: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    """Returns what the convolution pads by itself, and its input with all other padding."""
+    around = layer._reversed_padding_repeated_twice
+    none = (0,) * len(layer.kernel_size)
+    if layer.padding_mode != "zeros":
+        return none, functional.pad(inputs, around, mode=layer.padding_mode)
+    if not isinstance(layer.padding, str):
+        return layer.padding, inputs
+    before, after = around[::2], around[1::2]
+    if before == after:
+        return tuple(reversed(before)), inputs
+    return none, functional.pad(inputs, around)
+
+
+def _is_pointwise(layer: Any) -> bool:
+    """Says whether a convolution is a linear layer at each position."""
+    alone = all(size == 1 for size in (*layer.kernel_size, *layer.stride))
+    padded = layer.padding != "same" and any(layer.padding)
+    return alone and layer.groups == 1 and not layer.transposed and not padded
