@@ -11,8 +11,8 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from client import log, release, trail, work
-from client.site import Site, open_site, site_directory
-from common import exchange, model, received
+from client.site import Site, open_site, site_directory, waits_for_disk
+from common import durable, exchange, model, received
 from common.errors import ConfigError, FeverfewError, LedgerError, Refusal, UnusableCase
 from common.plan import Plan
 
@@ -82,6 +82,16 @@ def _answer(
 ) -> Message:
     """Runs a task; whatever goes wrong leaves as a constant code. Texts of ours, which name no case, stay in
     the site's log, and all others in ``private/errors.log``."""
+    with durable.waiting(waits_for_disk(context.node_config)):
+        return _answered(message, context, purpose, do)
+
+
+def _answered(
+    message: Message,
+    context: Context,
+    purpose: exchange.Purpose,
+    do: Callable[[Site, Plan, exchange.Task], RecordDict],
+) -> Message:
     site = None
     try:
         site = open_site(site_directory(context.node_config))

@@ -14,6 +14,7 @@ from typing import Final
 
 from client.files import private_directory
 from client.site import Site
+from common import durable
 from common.errors import Refusal, StateError
 from common.exchange import Task
 from common.plan import NoPrivacy, Plan
@@ -131,7 +132,7 @@ def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     is_exact = path.name == EXACT
     try:
         with closing(sqlite3.connect(path, isolation_level=None, timeout=SECONDS_TO_LOCK)) as database:
-            database.execute(f"PRAGMA synchronous={'OFF' if is_exact else 'FULL'}")
+            database.execute(f"PRAGMA synchronous={'OFF' if is_exact else durable.synchronous()}")
             if is_exact:
                 database.execute("PRAGMA journal_mode=MEMORY")
             _TABLES.prepare(database, path=path)

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from common import durable
 from common.errors import UnusableCase
 
 MAX_BYTES = 2**31
@@ -105,5 +106,5 @@ def write_private(path: Path, *, content: bytes) -> None:
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(content)
         stream.flush()
-        os.fsync(stream.fileno())
+        durable.sync(stream.fileno())
     os.replace(temporary, path)

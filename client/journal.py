@@ -234,7 +234,7 @@ class Journal:
     def _opened(self) -> sqlite3.Connection:
         database = sqlite3.connect(self._path, isolation_level=None, timeout=_SECONDS_TO_LOCK)
         try:
-            database.execute("PRAGMA synchronous=FULL")
+            database.execute(f"PRAGMA synchronous={durable.synchronous()}")
             self._tables.prepare(database, path=self._path)
         except BaseException as error:
             database.close()

@@ -141,6 +141,13 @@ def site_directory(node_config: Mapping[str, object]) -> Path:
     return Path(os.environ["FEVERFEW_SITES"].splitlines()[int(str(node_config["partition-id"]))])
 
 
+def waits_for_disk(node_config: Mapping[str, object]) -> bool:
+    """Says whether what a node writes waits for the disk: always, but in a simulation that begins anew."""
+    if "site" in node_config:
+        return bool(node_config.get("durable", True))
+    return os.environ.get("FEVERFEW_DURABLE") != "no"
+
+
 def open_site(directory: Path) -> Site:
     """Reads ``site.yaml`` of a site directory.
 

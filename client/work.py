@@ -316,7 +316,7 @@ def _keep_scores(site: Site, task: Task, exact: Exact) -> None:
 def _progress(site: Site, plan: Plan, task: Task) -> Iterator[Callable[[int, int], None]]:
     """Shows the site's own people how far a round is: ``state/progress.json``."""
     path = site.state / "progress.json"
-    written = -PROGRESS_SECONDS
+    written = time.monotonic()
 
     def on_step(step: int, steps: int) -> None:
         nonlocal written

@@ -3,7 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+
+_waits = ContextVar("waits", default=True)
+
+
+@contextmanager
+def waiting(waits: bool) -> Iterator[None]:
+    """Says whether what is written within waits for the disk, as it does unless somebody says otherwise.
+
+    Without, it is whole or not there whatever is killed, but may be lost or empty where the power fails.
+    """
+    token = _waits.set(waits)
+    try:
+        yield
+    finally:
+        _waits.reset(token)
+
+
+def sync(descriptor: int) -> None:
+    """Waits until the disk has an open file."""
+    if _waits.get():
+        os.fsync(descriptor)
+
+
+def synchronous() -> str:
+    """Returns how SQLite is to wait: its ``PRAGMA synchronous``."""
+    return "FULL" if _waits.get() else "OFF"
 
 
 def write(path: Path, data: bytes) -> None:
@@ -13,7 +42,7 @@ def write(path: Path, data: bytes) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)  # a full disk has no room for remains
@@ -39,6 +68,6 @@ def sync_directory(directory: Path) -> None:
     """Makes durable which files a directory has."""
     handle = os.open(directory, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        sync(handle)
     finally:
         os.close(handle)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -313,12 +314,30 @@ class Plan(Asked):
 
     def to_json(self) -> str:
         """Returns canonical JSON: sorted keys, no spaces, ASCII."""
-        return canonical_json(self.model_dump(mode="json"))
+        return self._text_and_hash[0]
 
     @property
     def hash(self) -> str:
         """sha256 of the canonical JSON, 64 hexadecimal digits."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        return self._text_and_hash[1]
+
+    @cached_property
+    def _text_and_hash(self) -> tuple[str, str]:
+        """Made once: a task asks for the hash a dozen times."""
+        text = canonical_json(self.model_dump(mode="json"))
+        return text, hashlib.sha256(text.encode()).hexdigest()
+
+    def __copy__(self) -> Self:
+        """Returns a copy that makes its own text: ``model_copy`` may change it."""
+        copied = super().__copy__()
+        copied.__dict__.pop("_text_and_hash", None)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Returns a copy, see ``__copy__``."""
+        copied = super().__deepcopy__(memo)
+        copied.__dict__.pop("_text_and_hash", None)
+        return copied
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

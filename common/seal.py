@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -98,7 +97,7 @@ def sign(path: Path, seal: Seal) -> None:
         signature = chain.signature(_text(seal.name, last), key=seal.key)
         fields = {"trail": seal.name, "key": keys.fingerprint(seal.key.public_key()), "signature": signature}
         signed = trail.append(descriptor, SIGNED, fields)
-        os.fsync(descriptor)  # the head must never be ahead of it
+        durable.sync(descriptor)  # the head must never be ahead of it
         _remember(seal, signed)
 
 

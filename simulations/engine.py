@@ -47,6 +47,7 @@ class LocalGrid(Grid):  # type: ignore[misc]
         sites: names and directories of the sites.
         run_config: what ``flwr run`` would pass on: ``plan`` and ``run``.
         workers: idle ones; they are not ended here.
+        is_durable: whether what a site writes waits for the disk.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class LocalGrid(Grid):  # type: ignore[misc]
         *,
         run_config: dict[str, str],
         workers: Sequence[Worker],
+        is_durable: bool = True,
     ) -> None:
         flower.set_identity(RUN_ID, node_id=1)
         self._nodes = {number: Node(node_id=number, name=name) for number, (name, _) in enumerate(sites, 2)}
@@ -62,7 +64,7 @@ class LocalGrid(Grid):  # type: ignore[misc]
             number: Context(
                 run_id=RUN_ID,
                 node_id=number,
-                node_config={"site": str(path)},
+                node_config={"site": str(path), "durable": is_durable},
                 state=RecordDict(),
                 run_config=dict(run_config),
             )
@@ -173,6 +175,7 @@ def run(
     workers: int | None,
     directory: Path,
     pool: Workers | None = None,
+    is_durable: bool = True,
 ) -> None:
     """Runs a plan over sites with the unchanged apps.
 
@@ -182,6 +185,7 @@ def run(
         workers: processes; None for one per processor core.
         directory: the run directory.
         pool: processes that stay for other runs; None: of this run alone, their log in ``directory``.
+        is_durable: whether what a site writes waits for the disk.
 
     Raises:
         RunError: the run stopped early.
@@ -191,13 +195,14 @@ def run(
     if name == "flower":
         from simulations.runtime import run_on_ray  # Flower's own runtime takes seconds to import
 
-        run_on_ray(sites, run_config=run_config, workers=count, directory=directory)
+        run_on_ray(sites, run_config=run_config, workers=count, directory=directory, is_durable=is_durable)
         return
     with nullcontext(pool) if pool is not None else Workers(log=directory / "sites.log") as processes:
         grid = LocalGrid(
             [(site.name, site.directory) for site in sites],
             run_config=run_config,
             workers=processes.take(max(1, min(count, len(sites)))),
+            is_durable=is_durable,
         )
         context = Context(
             run_id=RUN_ID, node_id=1, node_config={}, state=RecordDict(), run_config=dict(run_config)

@@ -31,9 +31,17 @@ _CONNECTION = "local-simulation"
 
 
 def run_on_ray(
-    sites: Sequence[Site], *, run_config: Mapping[str, str], workers: int, directory: Path
+    sites: Sequence[Site],
+    *,
+    run_config: Mapping[str, str],
+    workers: int,
+    directory: Path,
+    is_durable: bool = True,
 ) -> None:
     """Runs a plan over sites on Flower's simulation runtime and waits for its end.
+
+    Args:
+        is_durable: as of ``LocalGrid``.
 
     Raises:
         ConfigError: the extra "ray" is not installed.
@@ -44,14 +52,14 @@ def run_on_ray(
     with tempfile.TemporaryDirectory(prefix="feverfew-") as place:
         home = Path(place)
         log = directory / "flower.log"
-        environment = _environment(home, sites)
+        environment = _environment(home, sites, is_durable=is_durable)
         with _superlink(home, environment, log=log) as address:
             (home / "config.toml").write_text(_connection(address), encoding="utf-8")
             flower_run = _submit(home, environment, run_config, num_sites=len(sites), workers=workers)
             _wait(flower_run, environment, log=log, directory=directory)
 
 
-def _environment(home: Path, sites: Sequence[Site]) -> dict[str, str]:
+def _environment(home: Path, sites: Sequence[Site], *, is_durable: bool) -> dict[str, str]:
     """Nothing is asked of the internet; one thread a site, so that results are those of other engines."""
     scripts = str(Path(sys.executable).parent)
     return os.environ | {
@@ -62,6 +70,7 @@ def _environment(home: Path, sites: Sequence[Site]) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         "OMP_NUM_THREADS": "1",
+        "FEVERFEW_DURABLE": "yes" if is_durable else "no",
         "FEVERFEW_SITES": "\n".join(str(site.directory.resolve()) for site in sites),
     }
 

@@ -22,7 +22,7 @@ from client.approval import plans_path
 from client.release import claim_path, head_path, open_ledger
 from client.site import Site, open_site
 from client.trail import head_path as trail_head_path
-from common import measure
+from common import durable, measure
 from common.calibration import require_reachable
 from common.dice import DiceScores
 from common.errors import ConfigError
@@ -71,7 +71,9 @@ def simulate(
         console = Console(stderr=True)
         directories = {site.name: site.directory for site in opened}
         progress = Progress(num_rounds=plan.rounds, console=console)
-        with Watch(progress, events=directory / "events.jsonl", sites=directories):
+        is_durable = settings.state == "keep"  # else nobody reads it after this run
+        watch = Watch(progress, events=directory / "events.jsonl", sites=directories)
+        with watch, durable.waiting(is_durable):
             engine.run(
                 plan,
                 opened,
@@ -80,6 +82,7 @@ def simulate(
                 workers=settings.engine.workers,
                 directory=directory,
                 pool=pool,
+                is_durable=is_durable,
             )
         report = completed(Report.read(directory), opened, run=run)
     report.write(directory)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import shutil
 import sqlite3
 from contextlib import closing
@@ -19,7 +20,7 @@ from client.cohort import open_cohort
 from client.noise import seeded_key
 from client.release import head_path
 from client.site import Site
-from common import exchange, flower, measure, model
+from common import durable, exchange, flower, keys, measure, model
 from common.calibration import measure_noise_std, mechanism
 from common.errors import InvalidReply
 from common.exchange import DELIVER, EVALUATE, PREPARE, TRAIN, Prepared, Scored, Task, Update
@@ -90,14 +91,38 @@ def answer(
     return content
 
 
-def context(site: Site, asked: Plan, *, run: str = "run-1") -> Context:
+def context(site: Site, asked: Plan, *, run: str = "run-1", **more: bool) -> Context:
     return Context(
         run_id=1,
         node_id=7,
-        node_config={"site": str(site.directory)},
+        node_config={"site": str(site.directory), **more},
         state=RecordDict(),
         run_config={"plan": asked.to_json(), "run": run},
     )
+
+
+@pytest.mark.parametrize("told", [{}, {"durable": True}, {"durable": False}])
+def test_everything_waits_for_the_disk_unless_whoever_starts_the_app_says_otherwise(
+    site: Site, told: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The agent says nothing: its tests have that."""
+    waited: list[int] = []
+    databases: list[str] = []
+    monkeypatch.setattr(os, "fsync", waited.append)
+    synchronous = durable.synchronous
+    monkeypatch.setattr(durable, "synchronous", lambda: databases.append(synchronous()) or databases[-1])
+    asked = private_plan()
+    keys.own(site.private / "site.key")  # a key is written for good, whoever asks, and so are decoded cases
+    open_cohort(site, asked=asked.asked)
+    waited.clear()
+    for purpose in ("prepare", "train"):
+        task = task_of(asked, purpose)
+        reply = app(Message(exchange.task_record(task), 7, TYPES[purpose]), context(site, asked, **told))
+        exchange.require_accepted(reply.content)
+    is_durable = told.get("durable", True)
+    assert set(databases) == {"FULL" if is_durable else "OFF"}
+    assert len(waited) >= 5 if is_durable else not waited
+    assert durable.synchronous() == "FULL", "what the process does besides still waits"
 
 
 def trained(site: Site, asked: Plan, task: Task | None = None, *, weight: float | None = None) -> Update:

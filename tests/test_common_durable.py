@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,3 +18,18 @@ def test_file_is_replaced_whole_or_left_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         durable.write(path, b"new")
     assert path.read_bytes() == b"old"
+
+
+def test_who_says_so_waits_for_no_disk_and_only_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[int] = []
+    monkeypatch.setattr(os, "fsync", waited.append)
+    with durable.waiting(False):
+        durable.write(tmp_path / "a", b"content")
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(durable.synchronous).result() == "FULL", "another thread waits"
+        assert (tmp_path / "a").read_bytes() == b"content" and not waited
+        assert durable.synchronous() == "OFF"
+    durable.write(tmp_path / "b", b"content")
+    assert len(waited) == 2 and durable.synchronous() == "FULL"

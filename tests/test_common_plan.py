@@ -63,6 +63,15 @@ def test_hash_is_sha256_of_the_canonical_json() -> None:
     assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
 
 
+def test_the_hash_of_a_changed_copy_is_that_of_its_own_content() -> None:
+    original = plan()
+    assert original.hash == plan().hash  # it is kept from now on
+    for deep in (False, True):
+        changed = original.model_copy(update={"study": "b"}, deep=deep)
+        assert (changed.hash, changed.to_json()) == (plan(study="b").hash, plan(study="b").to_json())
+        assert changed != original and original.model_copy(deep=deep) == original == plan()
+
+
 def test_order_of_keys_and_kind_of_number_do_not_change_the_hash() -> None:
     tree = plan().model_dump(mode="json")
     backwards = dict(reversed(tree.items()))

@@ -31,6 +31,14 @@ def test_of_two_nodes_of_a_name_the_one_that_was_registered_last_counts() -> Non
     assert (addresses.successor(4), addresses.successor(9)) == (4, 9)
 
 
+def test_a_site_that_comes_anew_is_seen_where_nothing_else_has_changed() -> None:
+    grid: Any = Grid()
+    addresses = Addresses(grid)
+    for came in ("09:00", "09:00", "09:01"):
+        grid.nodes = [SimpleNamespace(node_id=3, name="north", registered_at="", last_activated_at=came)]
+        assert addresses.online() == {3: "north"} and addresses.arrival(3) == came
+
+
 def test_nodes_without_a_name_are_each_for_themselves() -> None:
     grid: Any = Grid()
     grid.nodes = [SimpleNamespace(node_id=2), SimpleNamespace(node_id=3)]
