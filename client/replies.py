@@ -27,7 +27,8 @@ class Reply:
 def store(directory: Path, task: str, reply: Reply, *, is_durable: bool = True) -> None:
     """Writes a reply under its task's identity, in one step; as good as never where the power fails before
     the disk has it, unless ``is_durable``."""
-    directory.mkdir(parents=True, exist_ok=True)
+    if not directory.is_dir():
+        directory.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in reply.arrays.items()}
     write = durable.write if is_durable else durable.replace
     write(
