@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,7 @@ logger = logging.getLogger("feverfew.site")
 
 PROGRESS_SECONDS: Final = 0.2
 """How often a task says how far it is; a step may take less than to write it down."""
+PROGRESS_BYTES: Final = 256
 
 
 def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
@@ -324,8 +326,17 @@ def _progress(site: Site, plan: Plan, task: Task) -> Iterator[Callable[[int, int
         if step < steps and now - written < PROGRESS_SECONDS:
             return
         written = now
-        path.write_text(
-            json.dumps({"run": task.run, "round": task.server_round, "step": step, "steps": steps})
-        )
+        told = {"run": task.run, "round": task.server_round, "step": step, "steps": steps}
+        _overwrite(path, json.dumps(told).ljust(PROGRESS_BYTES))
 
     yield on_step
+
+
+def _overwrite(path: Path, text: str) -> None:
+    """Writes a text over a former one of the same length: a file that is emptied and written again is sent to
+    the disk by some file systems when it is closed, which takes as long as a step."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        os.write(descriptor, text.encode("ascii"))
+    finally:
+        os.close(descriptor)
