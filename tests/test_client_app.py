@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import shutil
@@ -549,6 +550,34 @@ def test_no_text_of_an_error_ever_leaves_the_site(tmp_path: Path, purpose: str) 
     assert set(codes) <= {"site_error", "ledger_broken", "incompatible_plan", ""}
     assert codes[4:] == ["incompatible_plan", "site_error"]
     assert "site_error" in codes[:4] or purpose == "deliver"
+
+
+def test_progress_is_whole_at_every_step_and_tells_of_the_round_at_hand(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written over at one length, so that nothing of a longer text can be left behind."""
+    monkeypatch.setattr(work, "PROGRESS_SECONDS", 0.0)
+    path, sizes, write = site.state / "progress.json", set(), os.write
+    for server_round, name in ((1, "a-run-with-a-long-name" * 2), (2, "run-1")):
+        told = []
+
+        def looked(fd: int, text: bytes, told: list[Any] = told) -> int:
+            count = os.pwrite(fd, text, 0)
+            told.append(json.loads(path.read_text()))
+            return count
+
+        asked = open_plan()
+        task = dataclasses.replace(task_of(asked, server_round=server_round), run=name)
+        message = Message(exchange.task_record(task), 7, TYPES["train"])
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                work.os, "write", lambda fd, text: looked(fd, text) if b'"step"' in text else write(fd, text)
+            )
+            exchange.require_accepted(app(message, context(site, asked, run=name)).content)
+        assert [one["step"] for one in told] == [1, 2]
+        assert {(one["run"], one["round"], one["steps"]) for one in told} == {(name, server_round, 2)}
+        sizes.add(path.stat().st_size)
+    assert sizes == {work.PROGRESS_BYTES}
 
 
 def test_failure_of_training_uses_the_charge_up_and_the_next_task_is_done(tmp_path: Path) -> None:
