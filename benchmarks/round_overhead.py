@@ -96,8 +96,8 @@ def loop(run: Path, *, rounds: int, threads: int) -> float:
 def main() -> None:
     """Prints the comparison with one thread and with two."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -106,7 +106,7 @@ def main() -> None:
         return
     keep_freed_blocks()  # as the processes that train at a site: without it the bare loop is slower
     with tempfile.TemporaryDirectory() as folder:
-        simulated(Path(folder), "first", rounds=1, workers=1)  # writes the sites and decodes the images
+        simulated(Path(folder), "first", rounds=3, workers=1)  # writes the sites and decodes the images
         for threads in asked.threads:
             compare(Path(folder), threads=threads, runs=asked.runs, rounds=asked.rounds)
 

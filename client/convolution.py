@@ -136,9 +136,7 @@ def _note_one_by_one(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, s
 
 def _in_groups(weight: Tensor, outer: Tensor, inputs: Tensor, *, settings: Any) -> Tensor:
     cases, (*geometry, groups) = len(inputs), settings
-    of_all = weight.new_empty(
-        cases * len(weight), *weight.shape[1:]
-    )  # for its shape; its values are not read
+    of_all = weight.new_empty(cases * len(weight), *weight.shape[1:])  # its values are not read
     outer, inputs = (one.view(1, -1, *one.shape[2:]) for one in (outer, inputs))
     return _of_weights(outer, inputs, of_all, (*geometry, cases * groups)).view(cases, *weight.shape)
 
