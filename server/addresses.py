@@ -5,10 +5,6 @@ One name may have two nodes while the site's key is renewed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import Any
-
 from flwr.serverapp import Grid
 
 
@@ -19,25 +15,18 @@ class Addresses:
         self._grid = grid
         self._names: dict[int, str] = {}
         self._arrivals: dict[int, str] = {}
-        self._nodes: list[Any] = []
-        self._online: Mapping[int, str] = {}
 
-    def online(self) -> Mapping[int, str]:
+    def online(self) -> dict[int, str]:
         """Returns the nodes that are online with their names, "" where the grid gives none.
 
         Of two nodes of one name it is the one that was registered last.
         """
-        told = list(self._grid.get_nodes())
-        if told == self._nodes:
-            return self._online
-        nodes = sorted(told, key=lambda node: str(getattr(node, "registered_at", "")))
+        nodes = sorted(self._grid.get_nodes(), key=lambda node: str(getattr(node, "registered_at", "")))
         found = {node.node_id: str(getattr(node, "name", "")) for node in nodes}
         self._names |= found
         self._arrivals |= {node.node_id: str(getattr(node, "last_activated_at", "")) for node in nodes}
         newest = {name: node for node, name in found.items()}
-        online = {node: name for node, name in found.items() if not name or newest[name] == node}
-        self._nodes, self._online = told, MappingProxyType(online)
-        return self._online
+        return {node: name for node, name in found.items() if not name or newest[name] == node}
 
     def name(self, node: int) -> str:
         """Returns the name of a node that was online before; "" where it is not known."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -168,7 +168,7 @@ class Roster:
         except PrivacyTargetError:
             raise InvalidReply("unreachable_target") from None
 
-    def _nodes(self) -> Mapping[int, str]:
+    def _nodes(self) -> dict[int, str]:
         """Node ids on the grid with the enrolled name, "" where the grid gives none."""
         return self._mailbox.addresses.online()
 

@@ -71,7 +71,7 @@ def simulate(
         console = Console(stderr=True)
         directories = {site.name: site.directory for site in opened}
         progress = Progress(num_rounds=plan.rounds, console=console)
-        is_durable = settings.state == "keep"  # else nobody reads it after this run
+        is_durable = settings.state == "keep"  # else the next run puts aside what this one wrote
         watch = Watch(progress, events=directory / "events.jsonl", sites=directories)
         with watch, durable.waiting(is_durable):
             engine.run(

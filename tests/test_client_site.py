@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from client.site import Site, SiteSettings, Split, open_site, read_settings, site_directory
+from client.site import Site, SiteSettings, Split, open_site, read_settings, site_directory, waits_for_disk
 from common.errors import ConfigError, DataError
 from tests.sites import write_site
 
@@ -28,6 +28,21 @@ def refusal(site: Site, **changes: Any) -> str:
     assert message.startswith(f"{path}: ")
     assert "\n" not in message
     return message.removeprefix(f"{path}: ")
+
+
+def test_only_the_node_of_a_simulation_can_say_that_nothing_waits_for_the_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FEVERFEW_DURABLE", "no")
+    assert waits_for_disk({"site": "/srv/north"}), "the environment of a real site says nothing"
+    assert waits_for_disk({"site": "/srv/north", "durable": True})
+    assert not waits_for_disk({"site": "/srv/north", "durable": False})
+    assert not waits_for_disk({"partition-id": 0})
+    for value in ("yes", ""):
+        monkeypatch.setenv("FEVERFEW_DURABLE", value)
+        assert waits_for_disk({"partition-id": 0})
+    monkeypatch.delenv("FEVERFEW_DURABLE")
+    assert waits_for_disk({"partition-id": 0})
 
 
 def test_site_knows_its_files(site: Site) -> None:

@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import Message, RecordDict
+from flwr.app import Context, Message, RecordDict
 
 from client.memory import forkserver
 from client.opened import OpenCohorts
 from client.site import open_site
 from client.worker import WORKER_DIED
-from common import flower
+from common import durable, flower
 from common.trail import read
 from server.report import Report
-from simulations import engine
+from simulations import engine, runtime
 from simulations.settings import Engine, Experiment, Settings
 from simulations.simulation import simulate
 from simulations.workers import Workers
@@ -233,3 +233,33 @@ def test_a_private_run_begins_anew_on_sites_that_had_one(tmp_path: Path) -> None
     spent = [report.privacy.per_site["a"].total_epsilon for report in reports]
     assert spent[0] and spent[0] == spent[1], "the second ledger does not go on from the first"
     assert not any((tmp_path / "sites" / ".forgotten").glob("*"))
+
+
+@pytest.mark.parametrize(("state", "is_durable"), [("empty", False), ("keep", True)])
+def test_sites_and_coordinator_wait_for_the_disk_only_where_state_is_kept(
+    state: str, is_durable: bool, sites: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What either engine tells the sites, and how the coordinator writes while it runs."""
+    told: list[object] = []
+
+    class Looked(Exception):
+        pass
+
+    def coordinator(grid: engine.LocalGrid, context: Context) -> None:
+        told.extend({one.node_config["durable"] for one in grid._contexts.values()})
+        told.append(durable.synchronous())
+        raise Looked
+
+    def on_ray(opened: object, *, is_durable: bool, **more: object) -> None:
+        told.append(runtime._environment(tmp_path, [], is_durable=is_durable)["FEVERFEW_DURABLE"])
+        raise Looked
+
+    monkeypatch.setattr(engine, "server_app", coordinator)
+    monkeypatch.setattr(runtime, "run_on_ray", on_ray)
+    asked = settings(sites, workers=1).model_copy(update={"state": state})
+    for name in ("local", "flower"):
+        chosen = asked.model_copy(update={"engine": asked.engine.model_copy(update={"name": name})})
+        with pytest.raises(Looked):
+            simulate(ASKED, sites, settings=chosen, directory=tmp_path / name)
+    assert told == [is_durable, "FULL" if is_durable else "OFF", "yes" if is_durable else "no"]
+    assert durable.synchronous() == "FULL"
