@@ -10,7 +10,7 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -58,8 +58,23 @@ REMEDY: Final = (
 )
 
 
-_sound: Final[dict[Path, object]] = {}
-"""What the files of each journal were like when this process had verified them, or had written to them."""
+@dataclass(frozen=True, kw_only=True)
+class _Left:
+    """What the files of a journal were like, and its last row, when this process left them sound."""
+
+    stamp: object
+    head: Head
+
+
+_left: Final[dict[Path, _Left]] = {}
+"""By file, of each journal that this process has verified, or has written to since."""
+
+
+def known_head(path: Path, *, head: Path, key: PrivateKey) -> Head | None:
+    """Returns the last row of a journal whose files are as this process left them, without opening it; None
+    of any other."""
+    left = _left.get(path)
+    return left.head if left is not None and left.stamp == _stamp(path, head, key) else None
 
 
 class Journal:
@@ -104,10 +119,11 @@ class Journal:
                 raise
             self._database.execute("COMMIT")
             head = self.head()
-            if head.hash != self._remembered().hash:  # also where a crash has kept it from an earlier row
+            former = read_head(self._head_path) if was_sound else self._remembered()
+            if former is None or former.hash != head.hash:  # also where a crash has kept it from before
                 self._remember(head)
             if was_sound:
-                _sound[self._path] = self._stamp()
+                self._leave(head)
 
     def append(self, row: Mapping[str, object], *, number: int | None = None) -> None:
         """Adds a row; ``number`` is the next one, and greater only for the first row after a restoration."""
@@ -144,17 +160,16 @@ class Journal:
         if not self._is_as_left():
             stamp = self._stamp()
             self.verify()
-            _sound[self._path] = stamp
+            _left[self._path] = _Left(stamp=stamp, head=self.head())
 
     def _is_as_left(self) -> bool:
-        return _sound.get(self._path) == self._stamp()
+        return known_head(self._path, head=self._head_path, key=self._key) is not None
+
+    def _leave(self, head: Head) -> None:
+        _left[self._path] = _Left(stamp=self._stamp(), head=head)
 
     def _stamp(self) -> object:
-        """Returns what any writing to the files changes: SQLite counts in its header, others change times."""
-        with self._path.open("rb") as file:
-            header = file.read(_SQLITE_HEADER_BYTES)
-        key = self._key.public_key().public_numbers()
-        return header, _times(self._path), _times(self._head_path), key
+        return _stamp(self._path, self._head_path, self._key)
 
     def verify(self, *, all_signatures: bool = False) -> None:
         """Checks the chain, the signature of its last row (or of all), and that it is as long as it was.
@@ -294,6 +309,13 @@ def _following(row: Mapping[str, object], last: Head, *, number: int, key: Priva
     del content["hash"], content["signature"]
     head = chain.signed(number, chain.link(last.hash, content), key=key)
     return content | {"hash": head.hash, "signature": head.signature}
+
+
+def _stamp(path: Path, head: Path, key: PrivateKey) -> object:
+    """Returns what any writing to the files changes: SQLite counts in its header, others change times."""
+    with path.open("rb") as file:
+        header = file.read(_SQLITE_HEADER_BYTES)
+    return header, _times(path), _times(head), key.public_key().public_numbers()
 
 
 def _times(path: Path) -> tuple[int, ...]:

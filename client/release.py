@@ -13,7 +13,7 @@ from flwr.app import RecordDict
 
 from client import approval, replies, trail
 from client.files import private_directory
-from client.journal import CLAIM_SUFFIX, REMEDY
+from client.journal import CLAIM_SUFFIX, REMEDY, known_head
 from client.ledger import Charge, Ledger, Outcome
 from client.replies import Reply
 from client.site import Site
@@ -21,6 +21,7 @@ from common import exchange, keys
 from common.chain import Head
 from common.errors import LedgerError, Refusal, StateError
 from common.exchange import Task
+from common.keys import PrivateKey
 from common.plan import Plan
 from common.privacy import Spend
 
@@ -138,7 +139,7 @@ def open_ledger(site: Site) -> Iterator[Ledger]:
     ledger = Ledger(
         path,
         head=head_path(site),
-        key=keys.own(site.private / "site.key"),
+        key=_key(site),
         max_epsilon=settings.max_epsilon,
         delta=settings.delta,
         study_budgets={budget.study: budget.max_epsilon for budget in settings.study_budgets},
@@ -153,6 +154,10 @@ def ledger_head(site: Site) -> Head | None:
     """Returns the last row of the site's ledger, for coordinators to remember; None before the first use."""
     if _is_new(site):
         return None
+    if ledger_path(site).exists():
+        known = known_head(ledger_path(site), head=head_path(site), key=_key(site))
+        if known is not None:
+            return known
     with open_ledger(site) as ledger:
         return ledger.head
 
@@ -163,6 +168,10 @@ def attach_ledger_head(site: Site, content: RecordDict) -> None:
         head = ledger_head(site)
         if head is not None:
             exchange.attach_head(content, head)
+
+
+def _key(site: Site) -> PrivateKey:
+    return keys.own(site.private / "site.key")
 
 
 def _is_new(site: Site) -> bool:

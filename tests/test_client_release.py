@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +14,22 @@ from client.ledger import Outcome
 from client.replies import Reply
 from client.site import Site, open_site
 from common import trail
-from common.errors import Refusal, StateError
+from common.errors import LedgerError, Refusal, StateError
 from common.exchange import Task
 from common.plan import Plan
 from common.privacy import Spend, epsilon
 from tests.plans import plan
 from tests.sites import write_site
 
+FINISH = """
+import sys
+from pathlib import Path
+from client import release
+from client.ledger import Outcome
+from client.site import open_site
+with release.open_ledger(open_site(Path(sys.argv[1]))) as ledger:
+    ledger.finish("another", Outcome(kind="failed", code="site_error"))
+"""
 SPEND = Spend(noise_multiplier=2.0, sample_rate=1.0, steps=1)
 PLAN = plan()
 TASK = Task(
@@ -102,6 +113,36 @@ def test_task_is_charged_done_and_stored(site: Site) -> None:
     stored = replies.load(site.state / "replies", TASK.identity)
     assert stored is not None
     assert stored.arrays["update"].tobytes() == reply.arrays["update"].tobytes()
+
+
+def test_head_that_is_told_is_the_last_row_also_where_another_process_wrote_it(site: Site) -> None:
+    for server_round in (1, 2):
+        once(site, Work(), task=dataclasses.replace(TASK, server_round=server_round))
+        with release.open_ledger(site) as ledger:
+            assert release.ledger_head(site) == ledger.head
+    subprocess.run([sys.executable, "-c", FINISH, str(site.directory)], check=True)
+    with release.open_ledger(site) as ledger:
+        assert ledger.head.number == 5
+        assert release.ledger_head(site) == ledger.head
+
+
+def test_head_of_an_old_copy_is_not_told(site: Site) -> None:
+    once(site, Work())
+    old = release.ledger_path(site).read_bytes()
+    once(site, Work(), task=dataclasses.replace(TASK, server_round=2))
+    assert release.ledger_head(site) is not None
+    release.ledger_path(site).write_bytes(old)
+    with pytest.raises(LedgerError, match="no row 4"):
+        release.ledger_head(site)
+
+
+def test_head_beside_the_ledger_that_is_cut_or_forged_stops_the_next_charge(site: Site) -> None:
+    once(site, Work())
+    head = release.head_path(site)
+    forged = head.read_text().replace('"number": 2', '"number": 1')
+    head.write_text(forged)
+    with pytest.raises(LedgerError):
+        once(site, Work(), task=dataclasses.replace(TASK, server_round=2))
 
 
 def test_charge_is_on_disk_before_work_begins(site: Site) -> None:
