@@ -24,6 +24,7 @@ from server.revoked import REVOKED
 SCHEMA = 2
 """Of ``state.json``; the first had no mark and no turns. Later ones keep ``sha256``, or are damaged here."""
 _TENSORS = ("parameters", "velocity")
+_MARK = b', "sha256": "'
 _KEPT = 2  # if the newest is damaged, the one before still is there
 
 
@@ -85,7 +86,9 @@ class RunState:
     ``waiting_since``: the sites that wait for a person's approval, and when they said so first (UTC).
     """
 
-    __pydantic_config__: ClassVar = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    __pydantic_config__: ClassVar = ConfigDict(
+        arbitrary_types_allowed=True, extra="forbid", ser_json_inf_nan="constants"
+    )
 
     run: str
     plan_hash: str
@@ -101,6 +104,9 @@ class RunState:
     velocity: FlatArray | None = None
 
 
+_STATE = TypeAdapter(RunState)
+
+
 def save_state(directory: Path, state: RunState) -> None:
     """Writes ``checkpoints/<round>/``; after a crash it is there whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -109,11 +115,9 @@ def save_state(directory: Path, state: RunState) -> None:
     temporary.mkdir()
     tensors = {name: getattr(state, name) for name in _TENSORS if getattr(state, name) is not None}
     parameters = save(tensors)
-    tree = {name: value for name, value in vars(state).items() if name not in _TENSORS}
-    text = json.dumps({**tree, "schema": SCHEMA}, default=vars, allow_nan=False)
-    mark = json.dumps({"sha256": _checksum(text, parameters=parameters)})
+    text = f'{{"schema": {SCHEMA}, '.encode() + _STATE.dump_json(state, exclude=set(_TENSORS))[1:]
     _write(temporary / "parameters.safetensors", parameters)
-    _write(temporary / "state.json", f"{text[:-1]}, {mark[1:]}".encode())
+    _write(temporary / "state.json", marked(text, parameters=parameters))
     final = directory / f"{state.server_round:06d}"
     shutil.rmtree(final, ignore_errors=True)
     os.replace(temporary, final)
@@ -122,13 +126,18 @@ def save_state(directory: Path, state: RunState) -> None:
         shutil.rmtree(old)
 
 
-def checksum(tree: dict[str, Any], *, parameters: bytes) -> str:
-    """Returns the sha256 of a state: what stands in the one file, and the bytes of the other."""
-    return _checksum(json.dumps(tree, allow_nan=False), parameters=parameters)
+def marked(text: bytes, *, parameters: bytes) -> bytes:
+    """Returns what stands in ``state.json``: a state, and the sha256 of it and of the bytes beside it."""
+    return text[:-1] + _MARK + _checksum(text, parameters=parameters).encode() + b'"}'
 
 
-def _checksum(text: str, *, parameters: bytes) -> str:
-    return hashlib.sha256(hashlib.sha256(parameters).digest() + text.encode()).hexdigest()
+def _is_whole(content: bytes, *, parameters: bytes) -> bool:
+    text, _, _ = content.rpartition(_MARK)
+    return content == marked(text + b"}", parameters=parameters)
+
+
+def _checksum(text: bytes, *, parameters: bytes) -> str:
+    return hashlib.sha256(hashlib.sha256(parameters).digest() + text).hexdigest()
 
 
 def latest(directory: Path, *, run: str, plan_hash: str) -> RunState | None:
@@ -164,14 +173,16 @@ def _load(path: Path) -> RunState | None:
     """Returns None where anything is missing, cut or changed."""
     try:
         data = (path / "parameters.safetensors").read_bytes()
-        tree: dict[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if tree.pop("sha256") != checksum(tree, parameters=data):
+        content = (path / "state.json").read_bytes()
+        if not _is_whole(content, parameters=data):
             return None
+        tree: dict[str, Any] = json.loads(content)
+        del tree["sha256"]
         schema.require(tree.pop("schema", 1), newest=SCHEMA, what=f"the checkpoint {path}")
         datetime.fromisoformat(tree["started"])
         tensors = load(data)
         tree |= {"parameters": tensors["parameters"], "velocity": tensors.get("velocity")}
-        return TypeAdapter(RunState).validate_python(tree)
+        return _STATE.validate_python(tree)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
 

@@ -74,7 +74,6 @@ def _with_checksum(text: bytes, tensors: bytes) -> bytes:
     try:
         tree = json.loads(text)
         tree.pop("sha256", None)
-        tree["sha256"] = checkpoint.checksum(tree, parameters=tensors)
-        return json.dumps(tree).encode()
+        return checkpoint.marked(json.dumps(tree).encode(), parameters=tensors)
     except (ValueError, TypeError, AttributeError, RecursionError):
         return text

@@ -220,8 +220,7 @@ def _checkpoint(mark: Path, place: Path) -> None:
     folder.mkdir()
     data = pickle.dumps(Payload(mark))
     tree: dict[str, Any] = {"run": "r", "plan_hash": "h", "server_round": 1, "started": "2026-01-01"}
-    tree["sha256"] = checkpoint.checksum(tree, parameters=data)
-    (folder / "state.json").write_text(json.dumps(tree))
+    (folder / "state.json").write_bytes(checkpoint.marked(json.dumps(tree).encode(), parameters=data))
     (folder / "parameters.safetensors").write_bytes(data)
     checkpoint.latest(place, run="r", plan_hash="h")
 
