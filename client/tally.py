@@ -9,7 +9,6 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
@@ -43,8 +42,11 @@ class Tally(Value):
 TALLIES = TypeAdapter(tuple[Tally, ...])
 
 
-def record(site: Site, *, run: str, plan_hash: str, cohort: Cohort) -> None:
+def record(directory: Path, *, plan_hash: str, cohort: Cohort) -> None:
     """Adds what a run finds now, where it is something else than before.
+
+    Args:
+        directory: the run's, open: see ``client/run_folder.py``.
 
     Raises:
         StateError: the file is damaged; it is left as it is.
@@ -58,11 +60,9 @@ def record(site: Site, *, run: str, plan_hash: str, cohort: Cohort) -> None:
         quarantined=dict(cohort.reasons),
         parts={name: len(part.patients) for name, part in cohort.parts.items()},
     )
-    path = files.private_directory(files.private_directory(site.runs) / run) / FILE
-    with FileLock(site.runs / ".lock", mode=0o600):
-        before = _read(path) if path.exists() else ()
-        if before and before[-1].model_copy(update={"since": found.since}) == found:
-            return
+    path = directory / FILE
+    before = _read(path) if path.exists() else ()
+    if not before or before[-1].model_copy(update={"since": found.since}) != found:
         files.write_private(path, content=TALLIES.dump_json((*before, found), indent=2))
 
 

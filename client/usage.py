@@ -15,12 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from client import files
 from client.frozen import FrozenCase
 from client.site import Site
-from common import durable
 from common.errors import StateError
 
 FILE = "used_cases.parquet"
@@ -44,27 +41,23 @@ class Use:
 
 
 def record(
-    site: Site, *, run: str, plan_hash: str, part: str, cohort_version: str, cases: Iterable[FrozenCase]
+    directory: Path, *, plan_hash: str, part: str, cohort_version: str, cases: Iterable[FrozenCase]
 ) -> None:
     """Adds to a run's file the cases that it does not have yet; nothing is ever taken out.
 
-    The file is replaced in one step and durable on return, so a release may follow. Several processes may
-    record at a time.
+    Args:
+        directory: the run's, open: see ``client/run_folder.py``.
 
     Raises:
         StateError: the file is damaged; it is left as it is.
     """
-    directory = files.private_directory(files.private_directory(site.runs) / run)
-    is_new = not (directory / FILE).exists()
-    with FileLock(site.runs / ".lock", mode=0o600):
-        before = _read(directory / FILE) if (directory / FILE).exists() else None
-        known = set() if before is None else set(_keys(before))
-        keys = [_key(one, part, cohort_version, plan_hash) for one in cases]
-        new = [key for key in keys if key not in known]
-        if new or before is None:
-            files.write_private(directory / FILE, content=_content(before, new))
-            for changed in (directory, site.runs, site.runs.parent) if is_new else (directory,):
-                durable.sync_directory(changed)
+    path = directory / FILE
+    before = _read(path) if path.exists() else None
+    known = set() if before is None else set(_keys(before))
+    keys = [_key(one, part, cohort_version, plan_hash) for one in cases]
+    new = [key for key in keys if key not in known]
+    if new or before is None:
+        files.write_private(path, content=_content(before, new))
 
 
 def find(site: Site, *, patient: str) -> tuple[Use, ...]:

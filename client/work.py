@@ -25,6 +25,7 @@ from client import (
     intensities,
     quarantine,
     release,
+    run_folder,
     tally,
     trail,
     training,
@@ -302,8 +303,9 @@ def _note_use(site: Site, run: str, plan_hash: str, part: str, opened: Opened) -
         return
     cohort = opened.cohort
     cases = cohort.sources[part]
-    tally.record(site, run=run, plan_hash=plan_hash, cohort=cohort)
-    usage.record(site, run=run, plan_hash=plan_hash, part=part, cohort_version=cohort.version, cases=cases)
+    with run_folder.opened(site, run=run) as folder:
+        tally.record(folder, plan_hash=plan_hash, cohort=cohort)
+        usage.record(folder, plan_hash=plan_hash, part=part, cohort_version=cohort.version, cases=cases)
     opened.noted.add((run, plan_hash, part))
 
 

@@ -14,7 +14,7 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from pyarrow import parquet
 
-from client import frozen, rehearsal, split, tally, usage, withdrawal
+from client import frozen, rehearsal, run_folder, split, tally, usage, withdrawal
 from client.app import app
 from client.frozen import FrozenCase
 from client.site import Site
@@ -137,14 +137,14 @@ def again(site: Site, asked: Plan) -> None:
     """Records once more, as a process does that was started anew."""
     listed = frozen.read(site, secret=split.read_key(site))
     assert listed is not None
-    usage.record(
-        site,
-        run=RUN,
-        plan_hash=asked.hash,
-        part="train",
-        cohort_version=listed.version,
-        cases=cases_of(site, "train"),
-    )
+    with run_folder.opened(site, run=RUN) as folder:
+        usage.record(
+            folder,
+            plan_hash=asked.hash,
+            part="train",
+            cohort_version=listed.version,
+            cases=cases_of(site, "train"),
+        )
 
 
 def test_a_cohort_frozen_anew_in_the_middle_is_added_to_that_of_before(site: Site) -> None:
@@ -222,14 +222,15 @@ def test_damaged_record_stops_the_run_and_is_left_as_it_is(site: Site) -> None:
 RECORD = """
 import sys
 from pathlib import Path
-from client import usage
+from client import run_folder, usage
 from client.case import Case
 from client.frozen import FrozenCase
 from client.site import open_site
 site = open_site(Path(sys.argv[1]))
 for number in range(8):
     case = FrozenCase(case=Case(images=(f"{sys.argv[2]}-{number}.png",), patient=sys.argv[2]), content="c")
-    usage.record(site, run="run-1", plan_hash="p", part="train", cohort_version="v", cases=[case])
+    with run_folder.opened(site, run="run-1") as folder:
+        usage.record(folder, plan_hash="p", part="train", cohort_version="v", cases=[case])
 """
 
 

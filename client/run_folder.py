@@ -1,0 +1,28 @@
+"""What a site keeps of a run, ``private/runs/<run>/``: see ``client/usage.py`` and ``client/tally.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from client.files import private_directory
+from client.site import Site
+from common import durable
+
+
+@contextmanager
+def opened(site: Site, *, run: str) -> Iterator[Path]:
+    """Yields the folder of a run, made where it is new; no other process has it meanwhile.
+
+    At the end it is durable which files are in it, so a release may follow.
+    """
+    private_directory(site.runs)
+    with FileLock(site.runs / ".lock", mode=0o600):
+        directory = site.runs / run
+        is_new = not directory.exists()
+        yield private_directory(directory)
+        for changed in (directory, site.runs, site.runs.parent) if is_new else (directory,):
+            durable.sync_directory(changed)
