@@ -123,7 +123,7 @@ class Journal:
             if former is None or former.hash != head.hash:  # also where a crash has kept it from before
                 self._remember(head)
             if was_sound:
-                self._leave(head)
+                _left[self._path] = _Left(stamp=self._stamp(), head=head)
 
     def append(self, row: Mapping[str, object], *, number: int | None = None) -> None:
         """Adds a row; ``number`` is the next one, and greater only for the first row after a restoration."""
@@ -164,9 +164,6 @@ class Journal:
 
     def _is_as_left(self) -> bool:
         return known_head(self._path, head=self._head_path, key=self._key) is not None
-
-    def _leave(self, head: Head) -> None:
-        _left[self._path] = _Left(stamp=self._stamp(), head=head)
 
     def _stamp(self) -> object:
         return _stamp(self._path, self._head_path, self._key)

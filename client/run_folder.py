@@ -21,8 +21,8 @@ def opened(site: Site, *, run: str) -> Iterator[Path]:
     """
     private_directory(site.runs)
     with FileLock(site.runs / ".lock", mode=0o600):
-        directory = site.runs / run
-        is_new = not directory.exists()
-        yield private_directory(directory)
-        for changed in (directory, site.runs, site.runs.parent) if is_new else (directory,):
+        directory = private_directory(site.runs / run)
+        yield directory
+        # Those above as well: who made this one may have been killed before they were on the disk.
+        for changed in (directory, site.runs, site.runs.parent):
             durable.sync_directory(changed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,11 @@ _KEPT = 2  # if the newest is damaged, the one before still is there
 
 @dataclass(frozen=True, kw_only=True)
 class RoundRecord:
-    """What one round gave; the measures are those of the validation part."""
+    """What one round gave; the measures are those of the validation part.
+
+    Raises:
+        ValueError: a number is not finite: JSON has none such.
+    """
 
     server_round: int
     seconds: float
@@ -44,6 +49,12 @@ class RoundRecord:
     accuracy: float | None = None
     bytes_down: int | None = None
     bytes_up: int | None = None
+
+    def __post_init__(self) -> None:
+        single = (self.seconds, self.train_loss, self.auroc, self.dice, self.accuracy)
+        numbers = (*single, *(self.auroc_interval or ()), *(self.dice_interval or ()))
+        if not all(math.isfinite(number) for number in numbers if number is not None):
+            raise ValueError(f"Expected finite numbers of round {self.server_round}, found {numbers}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +97,7 @@ class RunState:
     ``waiting_since``: the sites that wait for a person's approval, and when they said so first (UTC).
     """
 
-    __pydantic_config__: ClassVar = ConfigDict(
-        arbitrary_types_allowed=True, extra="forbid", ser_json_inf_nan="constants"
-    )
+    __pydantic_config__: ClassVar = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     run: str
     plan_hash: str

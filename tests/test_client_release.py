@@ -136,12 +136,13 @@ def test_head_of_an_old_copy_is_not_told(site: Site) -> None:
         release.ledger_head(site)
 
 
-def test_head_beside_the_ledger_that_is_cut_or_forged_stops_the_next_charge(site: Site) -> None:
+def test_forged_head_beside_the_ledger_stops_the_next_charge(site: Site) -> None:
     once(site, Work())
     head = release.head_path(site)
     forged = head.read_text().replace('"number": 2', '"number": 1')
+    assert forged != head.read_text()
     head.write_text(forged)
-    with pytest.raises(LedgerError):
+    with pytest.raises(LedgerError, match="signed by this site's key"):
         once(site, Work(), task=dataclasses.replace(TASK, server_round=2))
 
 

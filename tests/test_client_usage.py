@@ -234,6 +234,17 @@ for number in range(8):
 """
 
 
+def test_folders_that_a_killed_process_made_are_on_the_disk_before_a_release(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (site.runs / RUN).mkdir(parents=True)
+    synced: list[Path] = []
+    monkeypatch.setattr(run_folder.durable, "sync_directory", synced.append)
+    with run_folder.opened(site, run=RUN) as folder:
+        assert synced == []
+    assert set(synced) == {folder, site.runs, site.private}
+
+
 def test_processes_that_record_at_a_time_lose_nothing(site: Site) -> None:
     command = (sys.executable, "-c", RECORD, str(site.directory))
     writers = [subprocess.Popen([*command, name]) for name in ("a", "b", "c")]

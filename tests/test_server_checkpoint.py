@@ -133,6 +133,19 @@ def test_a_changed_digit_in_the_state_is_noticed(written: str, changed: str, tmp
     assert found is not None and found.server_round == 2
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_neither_kept_nor_read(number: float, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="finite"):
+        checkpoint.RoundRecord(server_round=1, seconds=1.0, sites_asked=1, sites_valid=1, train_loss=number)
+    checkpoint.save_state(tmp_path, state())
+    record = {"server_round": 1, "seconds": number, "sites_asked": 1, "sites_valid": 1, "train_loss": None}
+    resaved(tmp_path, rounds=[record])
+    with pytest.raises(StateError):
+        saved(tmp_path)
+    resaved(tmp_path, rounds=[record | {"seconds": 1.0}])
+    assert saved(tmp_path) is not None
+
+
 def test_a_value_of_another_kind_is_noticed_even_under_a_checksum_that_fits(tmp_path: Path) -> None:
     checkpoint.save_state(tmp_path, state())
     folder = tmp_path / "000003"
