@@ -6,8 +6,9 @@ by their clip factors. Neither needs all per-patient gradients in memory, where 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ GRAM_COST = 2.0
 """Of a number of two Gram matrices, which are in double precision, over that of one of the gradients."""
 ROUNDING = 4.0
 """In units of the last place: a sum of products is not longer than its norm says by more than rounding."""
+
+SHORT = 4096
+"""Numbers of a row, up to which those of all parameters are done together: a call costs more than they."""
 
 
 class Contribution(Protocol):
@@ -88,37 +92,23 @@ class Products:
         return zeros.index_add_(0, self.owners, by_case).view(-1, *self.shape)
 
     def squared_norms(self) -> Tensor:
-        if self.num_patients == len(self.left):
-            return self._of_patients(self.left, self.right)
-        counts = torch.bincount(self.owners, minlength=self.num_patients)
-        firsts = counts.cumsum(0) - counts
         squares = self.left.new_zeros(self.num_patients)
-        for count in sorted({*counts.tolist()} - {0}):  # those of equally many cases are done together
-            patients = (counts == count).nonzero()[:, 0]
-            cases = firsts[patients][:, None] + torch.arange(count)
-            shared = self.right[cases] * self.shares[cases][:, :, None, None]
-            left, right = (side.transpose(1, 2).flatten(2) for side in (self.left[cases], shared))
-            squares[patients] = self._of_patients(left, right)
+        for patients, left, right in _by_patient(self.left, self.right, of=self):
+            squares[patients] = self._of_patients(
+                left.transpose(1, 2).flatten(2), right.transpose(1, 2).flatten(2)
+            )
         return squares
 
     def _of_patients(self, left: Tensor, right: Tensor) -> Tensor:
         """left: (patients, rows, positions of all cases of each); right: (patients, columns, likewise)."""
-        lengths = torch.linalg.vector_norm(left, dim=1) * torch.linalg.vector_norm(right, dim=1)
-        magnitudes: Tensor = lengths.sum(dim=1)
         rows, columns, positions = left.shape[1], right.shape[1], left.shape[2]
-        if positions == 1:
-            return magnitudes.square()
-        if rows * columns < GRAM_COST * positions * (rows + columns):
-            by_patient = torch.bmm(left, right.transpose(1, 2)).flatten(1)
-            return self._cautious(torch.linalg.vector_norm(by_patient, dim=1).square(), magnitudes)
-        left, right = left.double(), right.double()  # the terms may cancel
-        gram = torch.bmm(left.transpose(1, 2), left) * torch.bmm(right.transpose(1, 2), right)
-        return self._cautious(gram.sum(dim=(1, 2)), magnitudes)
-
-    def _cautious(self, squares: Tensor, magnitudes: Tensor) -> Tensor:
-        """Adds what rounding may add to the sum of products, in the parameter's precision."""
-        precision = torch.finfo(self.left.dtype).eps
-        return (squares.clamp(min=0).sqrt() + ROUNDING * precision * magnitudes).square().to(self.left.dtype)
+        if positions == 1 or rows * columns < GRAM_COST * positions * (rows + columns):
+            lengths = _lengths(left) * _lengths(right)  # Cauchy, Schwarz: never less than the terms' lengths
+            if positions == 1:
+                return lengths.square()
+            products = torch.bmm(left, right.transpose(1, 2))
+            return _cautious(_lengths(products).square(), lengths, dtype=left.dtype)
+        return _from_grams(_gram(left), _gram(right), dtype=left.dtype)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scaled = self.left * (weights[self.owners] * self.shares)[:, None, None]
@@ -154,7 +144,42 @@ class Patches:
         return self._products().rows()
 
     def squared_norms(self) -> Tensor:
-        return self._products().squared_norms()
+        squares = self.outer.new_zeros(self.num_patients)
+        for patients, outer, inputs in _by_patient(self.outer, self.inputs, of=self):
+            squares[patients] = self._of_patients(outer.transpose(1, 2), inputs.transpose(1, 2))
+        return squares
+
+    def _of_patients(self, outer: Tensor, inputs: Tensor) -> Tensor:
+        """outer, inputs: (patients, channels, cases of each, height, width)."""
+        of_patches = self._summed_over_kernel(
+            _gram(inputs.flatten(2)).view(len(inputs), *inputs.shape[2:], *inputs.shape[2:]),
+            size=outer.shape[2:],
+        )
+        left = _gram(outer.flatten(2))
+        return _from_grams(left, of_patches.view(left.shape), dtype=outer.dtype)
+
+    def _summed_over_kernel(self, gram: Tensor, *, size: torch.Size) -> Tensor:
+        """Returns the Gram matrices of patches from those of pixels.
+
+        The product of the patches at two positions is the sum, over the kernel, of those of the pixels that
+        it covers at both.
+
+        Args:
+            gram: (patients, cases, height, width, cases, height, width), of pixels.
+            size: cases, height and width of the positions.
+        """
+        stride, padding, dilation = self.geometry
+        around = [width for width in reversed(padding) for _ in range(2)]
+        padded = functional.pad(gram, [*around, 0, 0, *around])
+        patient, *one, _, _, _ = padded.stride()
+        *_, case, row, column = padded.stride()
+        first, second = one, [case, row, column]
+        moves = [step * (a + b) for step, a, b in zip(dilation, first[1:], second[1:], strict=True)]
+        places = [[case, stride[0] * row, stride[1] * column] for case, row, column in (first, second)]
+        every = padded.as_strided(
+            (len(gram), *self.shape[2:], *size, *size), (patient, *moves, *places[0], *places[1])
+        )
+        return every.reshape(len(gram), -1, size.numel() ** 2).sum(dim=1)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scaled = self.outer * (weights[self.owners] * self.shares)[:, None, None, None]
@@ -177,10 +202,79 @@ class Patches:
         )
 
 
+def _by_patient(
+    left: Tensor, right: Tensor, *, of: Products | Patches
+) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """Yields patients that have equally many cases, and what is theirs of both sides: (patients, cases, ...).
+
+    The right one is multiplied with the shares.
+    """
+    if of.num_patients == len(left):
+        yield slice(None), left[:, None], right[:, None]
+        return
+    counts = torch.bincount(of.owners, minlength=of.num_patients)
+    firsts = counts.cumsum(0) - counts
+    shares = of.shares.reshape(-1, *[1] * (right.dim() - 1))
+    for count in sorted({*counts.tolist()} - {0}):
+        patients = (counts == count).nonzero()[:, 0]
+        cases = firsts[patients][:, None] + torch.arange(count)
+        yield patients, left[cases], right[cases] * shares[cases]
+
+
+def _lengths(values: Tensor) -> Tensor:
+    """Returns the Euclidean norms of (patients, ...)."""
+    lengths: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
+    return lengths
+
+
+def _gram(values: Tensor) -> Tensor:
+    """(patients, rows, positions) -> (patients, positions, positions); in double precision, as products
+    of two of them may cancel when they are added."""
+    values = values.double()
+    return torch.bmm(values.transpose(1, 2), values)
+
+
+def _from_grams(left: Tensor, right: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Returns the squared norms of sums over positions of outer products, by the Gram matrices of both."""
+    lengths = (left.diagonal(dim1=1, dim2=2) * right.diagonal(dim1=1, dim2=2)).sqrt().sum(dim=1)
+    return _cautious((left * right).sum(dim=(1, 2)), lengths, dtype=dtype)
+
+
+def _cautious(squares: Tensor, lengths: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Adds what rounding may add to a sum of products; ``lengths``: of its terms together, at least."""
+    longer = squares.clamp(min=0).sqrt() + ROUNDING * torch.finfo(dtype).eps * lengths
+    return longer.square().to(dtype)
+
+
 def smaller(products: Products) -> Contribution:
     """Returns products, or their rows where those are smaller, as Bu et al. choose."""
     matrix = products.left.shape[1] * products.right.shape[1]
     return products if 2 * products.left.shape[2] ** 2 <= matrix else Rows(products.rows())
+
+
+def _is_short(contribution: Contribution) -> TypeGuard[Rows]:
+    if not isinstance(contribution, Rows):
+        return False
+    return contribution.values.numel() <= SHORT * len(contribution.values)
+
+
+def _side_by_side(rows: list[Rows]) -> Tensor:
+    return torch.cat([one.values.reshape(len(one.values), -1) for one in rows], dim=1)
+
+
+def weighted_sums(contributions: list[Contribution], weights: Tensor) -> list[Tensor]:
+    """Returns the weighted sum of each, flat; empties the list, so that memory is free again at once."""
+    short = {place: one for place, one in enumerate(contributions) if _is_short(one)}
+    found: dict[int, Tensor] = {}
+    if short:
+        summed = weights @ _side_by_side(list(short.values()))
+        sizes = [one.values[0].numel() for one in short.values()]
+        found = dict(zip(short, torch.split(summed, sizes), strict=True))
+    for place in reversed(range(len(contributions))):
+        one = contributions.pop()
+        if place not in found:
+            found[place] = one.weighted_sum(weights).view(-1)
+    return [found[place] for place in range(len(found))]
 
 
 def clip_factors(contributions: list[Contribution], *, bound: float) -> tuple[Tensor, list[Contribution]]:
@@ -189,7 +283,10 @@ def clip_factors(contributions: list[Contribution], *, bound: float) -> tuple[Te
     A patient of whom anything is not finite, or whose norm is not, counts as nothing: it could not be
     clipped. Other patients are not changed, so the sensitivity of the weighted sum stays the bound.
     """
-    norms = torch.stack([one.squared_norms() for one in contributions]).sum(dim=0).sqrt()
+    short = [one for one in contributions if _is_short(one)]
+    others = [one for one in contributions if not _is_short(one)]
+    together = [Rows(_side_by_side(short)), *others] if short else others
+    norms = torch.stack([one.squared_norms() for one in together]).sum(dim=0).sqrt()
     lost = ~norms.isfinite()
     factors = (bound / (norms + 1e-6)).clamp(max=1.0)
     if not bool(lost.any()):

@@ -15,7 +15,7 @@ from torch.autograd.function import BackwardCFunction
 from client import convolution
 from client.book import Book
 from client.bookkeeping import BookKeeping, NotSupported
-from client.contribution import Patches, Products, Rows, clip_factors
+from client.contribution import SHORT, Patches, Products, Rows, clip_factors, weighted_sums
 from client.convolution import _in_groups
 from client.hooked import ExpandedWeights
 from client.training import Batch, case_losses
@@ -354,3 +354,70 @@ def test_norms_of_products_and_patches_are_those_of_their_rows(
             found.squared_norms(), told.flatten(1).square().sum(dim=1), rtol=1e-4, atol=1e-4
         )
         torch.testing.assert_close(found.weighted_sum(weights), torch.einsum("p,p...->...", weights, told))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(1, 3), min_size=1, max_size=4),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 2)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 1)),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    size=st.tuples(st.integers(5, 7), st.integers(5, 6)),
+    seed=st.integers(0, 2**31),
+)
+def test_norms_of_patches_are_those_of_their_rows_for_every_geometry(
+    counts: list[int], kernel: Any, stride: Any, padding: Any, dilation: Any, size: Any, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layer = torch.nn.Conv2d(3, 4, kernel, stride, padding, dilation)
+    inputs = torch.randn(sum(counts), 3, *size)
+    outer = torch.randn_like(layer(inputs)).detach()
+    found = patches_of(outer, inputs, counts, geometry=(stride, padding, dilation), shape=layer.weight.shape)
+    told = found.rows().flatten(1).square().sum(dim=1)
+    torch.testing.assert_close(found.squared_norms(), told, rtol=1e-4, atol=1e-4)
+
+
+def patches_of(
+    outer: torch.Tensor, inputs: torch.Tensor, counts: list[int], *, geometry: Any, shape: torch.Size
+) -> Patches:
+    """Of patients with so many cases each, one at least."""
+    owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    shares = (1.0 / torch.tensor(counts))[owners]
+    return Patches(outer, inputs, geometry, shape, owners, shares, len(counts))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_no_patient_of_patches_is_longer_than_its_norm_says_where_its_cases_cancel(scale: float) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(1, 3, 4, 4).expand(4, -1, -1, -1) + 1e-4 * torch.randn(4, 3, 4, 4)
+    outer = torch.randn(2, 5, 4, 4) * scale
+    found = patches_of(
+        torch.cat([outer, -outer])[[0, 2, 1, 3]],
+        inputs,
+        [2, 2],
+        geometry=((1, 1), (1, 1), (1, 1)),
+        shape=torch.Size([5, 3, 3, 3]),
+    )
+    for patient, told in enumerate(found.squared_norms().sqrt()):
+        alone = found.weighted_sum(torch.eye(2)[patient])
+        assert float(alone.norm()) <= float(told) * (1 + 1e-5)
+
+
+def test_sums_done_together_are_those_of_each_parameter() -> None:
+    """Short rows, rows of exactly as many numbers and of one more, and what is no rows."""
+    torch.manual_seed(0)
+    owners, shares = torch.arange(3), torch.ones(3)
+    products = Products(torch.randn(3, 4, 2), torch.randn(3, 5, 2), torch.Size([4, 5]), owners, shares, 3)
+    rows = [Rows(torch.randn(3, *shape)) for shape in ((), (2, 3), (SHORT,), (SHORT + 1,), (1, 7))]
+    contributions = [rows[0], products, *rows[1:]]
+    weights = torch.rand(3)
+    expected = [one.weighted_sum(weights) for one in contributions]
+    together = torch.cat([one.rows().reshape(3, -1) for one in contributions], dim=1).norm(dim=1)
+    factors, same = clip_factors(contributions, bound=float(together[1]))
+    torch.testing.assert_close(factors, (together[1] / together).clamp(max=1.0), rtol=1e-5, atol=1e-5)
+    assert same is contributions
+    found = weighted_sums(contributions, weights)
+    assert contributions == []
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other.flatten())

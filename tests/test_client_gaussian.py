@@ -69,13 +69,33 @@ def test_a_key_decides_the_numbers_and_none_comes_twice() -> None:
     assert not np.isin(drawn(1000, dtype=np.float64, key=bytes(32)), one).any()
 
 
-def test_numbers_reach_as_far_as_their_bits_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_reach_as_far_as_their_bits_allow(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least radius bits give the largest number: nothing is infinite, and the tail is not cut early."""
-    monkeypatch.setattr(Gaussian, "_draw", lambda self, number: bytearray(number))
-    assert Gaussian(KEY).standard_normal((2,))[0] == pytest.approx(math.sqrt(2 * 54 * math.log(2)))
-    assert stats.norm.sf(math.sqrt(2 * 54 * math.log(2))) < 1e-16
-    monkeypatch.setattr(Gaussian, "_draw", lambda self, number: bytearray(b"\xff" * number))
-    assert Gaussian(KEY).standard_normal((2,)).tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
+    farthest = math.sqrt(2 * 65 * math.log(2))
+    monkeypatch.setattr(Gaussian, "_draw", lambda self, number: bytes(number))
+    assert Gaussian(KEY).standard_normal((2,), dtype=dtype)[0] == pytest.approx(farthest)
+    assert stats.norm.sf(farthest) < 1e-20
+    monkeypatch.setattr(Gaussian, "_draw", lambda self, number: b"\xff" * number)
+    assert Gaussian(KEY).standard_normal((2,), dtype=dtype).tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_radius_is_that_of_64_bits_also_where_32_are_coarse(
+    dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edge, end = int(gaussian.EDGE), 1 << 32
+    starts = [0, 1, 5, edge - 1, edge, edge + 1, end // 2, end - edge - 1, end - edge, end - 5, end - 1]
+    words = iter(
+        (
+            np.array([*starts, *[0] * len(starts)], dtype=np.uint32),  # radii, and angles of zero
+            np.full(len(starts), 0x9ABCDEF0, dtype=np.uint32),  # the second word of each radius
+        )
+    )
+    monkeypatch.setattr(Gaussian, "_words", lambda self, number: next(words)[:number])
+    found = Gaussian(KEY).standard_normal((2 * len(starts),), dtype=dtype)[: len(starts)]
+    exact = [-2 * math.log((start * end + 0x9ABCDEF0 + 0.5) / end**2) for start in starts]
+    np.testing.assert_allclose(found, np.sqrt(exact), rtol=1e-4 if dtype == np.float32 else 1e-7)
 
 
 def test_a_key_is_not_used_beyond_its_cipher(monkeypatch: pytest.MonkeyPatch) -> None:
