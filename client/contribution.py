@@ -127,9 +127,10 @@ class Products:
 class Patches:
     """Gradients of a flat convolution's weights, as what went in and the gradient of what came out.
 
-    The patches under the kernel, which ``Products`` multiplies, are several times as large as the input;
-    they are cut when the norm is taken, and not kept. ``outer``: (cases, channels, height, width);
-    ``inputs``: likewise; ``geometry``: stride, padding, dilation. Else as ``Products``.
+    The patches under the kernel, which ``Products`` multiplies, are several times as large as the input. No
+    norm needs them, unless a patient has so many positions that Gram matrices would be larger.
+    ``outer``: (cases, channels, height, width); ``inputs``: likewise; ``geometry``: stride, padding,
+    dilation. Else as ``Products``.
     """
 
     outer: Tensor
@@ -144,10 +145,18 @@ class Patches:
         return self._products().rows()
 
     def squared_norms(self) -> Tensor:
+        if not self._has_small_grams():
+            return self._products().squared_norms()
         squares = self.outer.new_zeros(self.num_patients)
         for patients, outer, inputs in _by_patient(self.outer, self.inputs, of=self):
             squares[patients] = self._of_patients(outer.transpose(1, 2), inputs.transpose(1, 2))
         return squares
+
+    def _has_small_grams(self) -> bool:
+        """Says whether those of all shifts, in double precision, are no larger than the gradients."""
+        most_cases = int(torch.bincount(self.owners).max())
+        positions = most_cases * self.outer[0, 0].numel()
+        return 2 * self.shape[2:].numel() * positions**2 <= self.shape.numel()
 
     def _of_patients(self, outer: Tensor, inputs: Tensor) -> Tensor:
         """outer, inputs: (patients, channels, cases of each, height, width)."""
@@ -159,26 +168,23 @@ class Patches:
         return _from_grams(left, of_patches.view(left.shape), dtype=outer.dtype)
 
     def _summed_over_kernel(self, gram: Tensor, *, size: torch.Size) -> Tensor:
-        """Returns the Gram matrices of patches from those of pixels.
-
-        The product of the patches at two positions is the sum, over the kernel, of those of the pixels that
-        it covers at both.
+        """Returns the Gram matrices of patches: the product of the patches at two positions is the sum, over
+        the kernel, of those of the pixels that it covers at both.
 
         Args:
-            gram: (patients, cases, height, width, cases, height, width), of pixels.
+            gram: of pixels, (patients, cases, height, width, cases, height, width).
             size: cases, height and width of the positions.
         """
         stride, padding, dilation = self.geometry
         around = [width for width in reversed(padding) for _ in range(2)]
         padded = functional.pad(gram, [*around, 0, 0, *around])
-        patient, *one, _, _, _ = padded.stride()
-        *_, case, row, column = padded.stride()
-        first, second = one, [case, row, column]
-        moves = [step * (a + b) for step, a, b in zip(dilation, first[1:], second[1:], strict=True)]
-        places = [[case, stride[0] * row, stride[1] * column] for case, row, column in (first, second)]
-        every = padded.as_strided(
-            (len(gram), *self.shape[2:], *size, *size), (patient, *moves, *places[0], *places[1])
-        )
+        patient, *steps = padded.stride()
+        one, other = steps[:3], steps[3:]
+        moves = [step * (a + b) for step, a, b in zip(dilation, one[1:], other[1:], strict=True)]
+        places = [
+            step for case, row, column in (one, other) for step in (case, stride[0] * row, stride[1] * column)
+        ]
+        every = padded.as_strided((len(gram), *self.shape[2:], *size, *size), (patient, *moves, *places))
         return every.reshape(len(gram), -1, size.numel() ** 2).sum(dim=1)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
@@ -222,7 +228,7 @@ def _by_patient(
 
 
 def _lengths(values: Tensor) -> Tensor:
-    """Returns the Euclidean norms of (patients, ...)."""
+    """(patients, ...) -> (patients,)"""
     lengths: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
     return lengths
 

@@ -370,12 +370,28 @@ def test_norms_of_patches_are_those_of_their_rows_for_every_geometry(
     counts: list[int], kernel: Any, stride: Any, padding: Any, dilation: Any, size: Any, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    layer = torch.nn.Conv2d(3, 4, kernel, stride, padding, dilation)
-    inputs = torch.randn(sum(counts), 3, *size)
+    layer = torch.nn.Conv2d(32, 64, kernel, stride, padding, dilation)  # large beside the Gram matrices
+    inputs = torch.randn(sum(counts), 32, *size)
     outer = torch.randn_like(layer(inputs)).detach()
     found = patches_of(outer, inputs, counts, geometry=(stride, padding, dilation), shape=layer.weight.shape)
     told = found.rows().flatten(1).square().sum(dim=1)
     torch.testing.assert_close(found.squared_norms(), told, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_are_cut_only_where_gram_matrices_would_be_larger(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut: list[int] = []
+    unfold = torch.nn.functional.unfold
+
+    def noted(inputs: torch.Tensor, *geometry: Any) -> torch.Tensor:
+        cut.append(len(inputs))
+        return unfold(inputs, *geometry)
+
+    monkeypatch.setattr(torch.nn.functional, "unfold", noted)
+    geometry, shape = ((1, 1), (1, 1), (1, 1)), torch.Size([64, 64, 3, 3])
+    for cases in (1, 2, 3, 30):
+        sides = torch.randn(cases, 64, 4, 4), torch.randn(cases, 64, 4, 4)
+        patches_of(*sides, [cases], geometry=geometry, shape=shape).squared_norms()
+    assert cut == [3, 30]
 
 
 def patches_of(
@@ -390,14 +406,14 @@ def patches_of(
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
 def test_no_patient_of_patches_is_longer_than_its_norm_says_where_its_cases_cancel(scale: float) -> None:
     torch.manual_seed(0)
-    inputs = torch.randn(1, 3, 4, 4).expand(4, -1, -1, -1) + 1e-4 * torch.randn(4, 3, 4, 4)
-    outer = torch.randn(2, 5, 4, 4) * scale
+    inputs = torch.randn(1, 64, 4, 4).expand(4, -1, -1, -1) + 1e-4 * torch.randn(4, 64, 4, 4)
+    outer = torch.randn(2, 64, 4, 4) * scale
     found = patches_of(
         torch.cat([outer, -outer])[[0, 2, 1, 3]],
         inputs,
         [2, 2],
         geometry=((1, 1), (1, 1), (1, 1)),
-        shape=torch.Size([5, 3, 3, 3]),
+        shape=torch.Size([64, 64, 3, 3]),
     )
     for patient, told in enumerate(found.squared_norms().sqrt()):
         alone = found.weighted_sum(torch.eye(2)[patient])
