@@ -58,7 +58,7 @@ class Gaussian:
     def _fill(self, first: npt.NDArray[Any], second: npt.NDArray[Any]) -> None:
         number = first.dtype.type
         high, turn = self._words(2 * len(first)).reshape(2, -1)
-        angle = turn.view(np.int32).astype(number)
+        angle = turn.view("<i4").astype(number)
         angle *= number(math.pi * 2.0**-31)
         radius = high.astype(number)
         radius *= number(2.0**-32)
