@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from client import precision
 from client.book import Book
 from client.contribution import Contribution, Rows
 from client.layers import FORWARDS, other
@@ -45,6 +46,7 @@ class BookKeeping:
     def __init__(self, network: nn.Module, *, compute: torch.dtype | None = None) -> None:
         self._network = network
         self._compute = compute
+        self._memory_format = precision.memory_format(network, compute)
         self._parameters = list(network.parameters())
         self._layers = [layer for layer in network.modules() if list(layer.parameters(recurse=False))]
         self._book: Book | None = None
@@ -71,7 +73,7 @@ class BookKeeping:
         dtype = self._parameters[0].dtype
         self._book = book = Book.of(batch, dtype=dtype, compute=self._compute)
         try:
-            by_case = losses(self._network(*batch.inputs).to(dtype), batch.targets)
+            by_case = losses(self._network(*batch.laid_out(self._memory_format).inputs).to(dtype), batch.targets)
             by_case.sum().backward()  # type: ignore[no-untyped-call]
         finally:
             self._book = None

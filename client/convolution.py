@@ -13,15 +13,16 @@ from torch.nn import functional
 from client import precision
 from client.book import Book, applied
 from client.contribution import smaller
+from common.layout import memory_format
 
 FEW_POSITIONS: Final = 64
 """Up to here a product of matrices is faster than a convolution of one pixel's size."""
 FEW_PRODUCTS: Final = 16
 """Up to here the patches of a convolution are small beside the gradients of its weights."""
-VECTOR: Final = 8
-"""Channels that a vector of the processor holds."""
-LARGE_KERNEL: Final = {False: 49, True: 27}
-"""Numbers of a kernel from which one call a case is faster, in float32 and in bfloat16."""
+FEW_CHANNELS: Final = {False: 8, True: 16}
+"""Below these a group of channels fills no vector of the processor, in float32 and in bfloat16."""
+PATCH_NUMBERS: Final = 1 << 21
+"""Of the patches that are cut at a time."""
 
 
 def convolution(layer: Any, book: Book, inputs: Tensor) -> Tensor:
@@ -94,7 +95,7 @@ class _Convolution(Function):
     @once_differentiable
     def backward(ctx: Any, outer: Tensor) -> Any:
         inputs, weight = ctx.saved_tensors
-        outer, inputs = outer.contiguous(), inputs.contiguous()
+        outer = outer.contiguous(memory_format=memory_format(inputs))
         if _has_few_products(ctx.layer, outer):
             _note_patches(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
         else:
@@ -115,29 +116,71 @@ def _has_few_products(layer: Any, outer: Tensor) -> bool:
 
 
 def _note_patches(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
+    outer, inputs = outer.contiguous(), inputs.contiguous()
     book.add(layer.weight, book.patches(outer, inputs, geometry=settings[:3], shape=layer.weight.shape))
     if layer.bias is not None:
         book.add(layer.bias, book.mean(outer.flatten(2).sum(dim=2)))
 
 
 def _note_one_by_one(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
-    """A native call for each case, or one for all: to a convolution, each case is a group of channels."""
-    if _is_faster_alone(layer, outer.dtype):
-        pairs = zip(outer[:, None], inputs[:, None], strict=True)
-        by_case = torch.stack([_of_weights(*pair, layer.weight, settings) for pair in pairs])
+    """Patches are cut, or one native call made for all: to a convolution, each case is a group of channels."""
+    if _is_better_cut(layer, inputs):
+        by_case = _from_patches(layer, outer, inputs, padding=settings[1])
     else:
-        if precision.is_slow_in_groups(outer.dtype, layer):
-            outer, inputs = outer.float(), inputs.float()
-        by_case = _in_groups(layer.weight, outer, inputs, settings=settings)
+        is_slow = precision.is_slow_in_groups(outer.dtype, layer)
+        pair = (outer.float(), inputs.float()) if is_slow else (outer, inputs)
+        by_case = _in_groups(layer.weight, *pair, settings=settings)
     book.add(layer.weight, book.mean(by_case))
     if layer.bias is not None:
         book.add(layer.bias, book.mean(outer.flatten(2).sum(dim=2)))  # torch's own takes longer
 
 
+def _is_better_cut(layer: Any, inputs: Tensor) -> bool:
+    """Says so of few channels, and of channels side by side, which would have to be put in another order."""
+    can_be = layer.groups == 1 and not layer.transposed and set(layer.dilation) == {1}
+    return can_be and (_has_few_channels(inputs) or memory_format(inputs) == torch.channels_last)
+
+
+def _has_few_channels(inputs: Tensor) -> bool:
+    return inputs.shape[1] < FEW_CHANNELS[inputs.dtype == torch.bfloat16]
+
+
+def _from_patches(layer: Any, outer: Tensor, inputs: Tensor, *, padding: tuple[int, ...]) -> Tensor:
+    """Returns the gradients of each case's weights, as products of ``outer`` and the patches of the inputs."""
+    multiply = _by_channel
+    if _has_few_channels(inputs):
+        multiply, inputs = _by_position, inputs.contiguous()
+    windows = inputs
+    if any(padding):
+        windows = functional.pad(inputs, [size for size in reversed(padding) for _ in range(2)])
+    for axis, (size, stride) in enumerate(zip(layer.kernel_size, layer.stride, strict=True), start=2):
+        windows = windows.unfold(axis, size, stride)  # (cases, channels, *positions, *kernel)
+    number = max(1, PATCH_NUMBERS // windows[0].numel())
+    parts = [multiply(*pair) for pair in zip(outer.split(number), windows.split(number), strict=True)]
+    return torch.cat(parts)
+
+
+def _by_position(outer: Tensor, windows: Tensor) -> Tensor:
+    """The positions of a patch's number lie side by side, which is fast where patches have few numbers."""
+    axes = outer.dim() - 2
+    patches = windows.movedim(tuple(range(2, 2 + axes)), tuple(range(-axes, 0)))
+    found = patches.flatten(1, 1 + axes).flatten(2) @ outer.flatten(2).transpose(1, 2)
+    return found.transpose(1, 2).reshape(*outer.shape[:2], *patches.shape[1 : 2 + axes])
+
+
+def _by_channel(outer: Tensor, windows: Tensor) -> Tensor:
+    """The numbers of a patch lie side by side, as channels do in the inputs."""
+    axes = outer.dim() - 2
+    patches = windows.movedim(1, -1)
+    kernel = patches.shape[1 + axes :]
+    found = outer.flatten(2) @ patches.flatten(1, axes).flatten(2)
+    return found.view(*outer.shape[:2], *kernel).movedim(-1, 2)
+
+
 def _in_groups(weight: Tensor, outer: Tensor, inputs: Tensor, *, settings: Any) -> Tensor:
     cases, (*geometry, groups) = len(inputs), settings
     of_all = weight.new_empty(cases * len(weight), *weight.shape[1:])  # its values are not read
-    outer, inputs = (one.view(1, -1, *one.shape[2:]) for one in (outer, inputs))
+    outer, inputs = (one.contiguous().view(1, -1, *one.shape[2:]) for one in (outer, inputs))
     return _of_weights(outer, inputs, of_all, (*geometry, cases * groups)).view(cases, *weight.shape)
 
 
@@ -146,12 +189,6 @@ def _of_weights(outer: Tensor, inputs: Tensor, weight: Tensor, settings: Any) ->
         outer, inputs, weight, None, *settings, [False, True, False]
     )[1]
     return found
-
-
-def _is_faster_alone(layer: Any, dtype: torch.dtype) -> bool:
-    """Says so of large kernels over the few channels of an image, which fill no vector in a group."""
-    known = layer.groups == 1 and not layer.transposed and layer.in_channels % VECTOR != 0
-    return known and layer.weight[0].numel() >= LARGE_KERNEL[dtype == torch.bfloat16]
 
 
 def _padding(layer: Any, inputs: Tensor) -> tuple[tuple[int, ...], Tensor]:

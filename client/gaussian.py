@@ -1,10 +1,10 @@
-"""Normal numbers for the noise of gradients: ChaCha20 by OpenSSL, and the transformation of Box and Muller.
+"""Normal numbers for the noise of gradients: AES-256 by OpenSSL, and the transformation of Box and Muller.
 
 A step of DP-SGD needs one number a parameter; numpy's generators make them one at a time, which costs more
 than the backward pass of a large dense layer.
 
-Source: Box, Muller (1958), A Note on the Generation of Random Normal Deviates; the cipher as in
-``client/noise.py``.
+Source: Box, Muller (1958), A Note on the Generation of Random Normal Deviates; NIST SP 800-38A (2001) for the
+cipher's counter mode.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 CHUNK_PAIRS: Final = 1 << 16
 """At a time: what they need stays in the processor's cache."""
 MAX_BYTES: Final = 1 << 37
-"""Of one stream; the cipher's counter would begin again after twice as many."""
+"""Of one stream. Blocks of a cipher never repeat, as random ones would: of 2^33 they do with less than 2^-62."""
 EDGE: Final = np.uint32(1 << 22)
 """So many values of a word, at either end of its range, are too coarse for the radius of a pair."""
 _WORD_BYTES = 4
@@ -38,7 +38,7 @@ class Gaussian:
     """
 
     def __init__(self, key: bytes) -> None:
-        self._cipher = Cipher(algorithms.ChaCha20(key, nonce=bytes(16)), mode=None).encryptor()
+        self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
         self._num_bytes = 0
 
     def standard_normal(self, size: int | tuple[int, ...] | None = None, dtype: Any = np.float64) -> Any:

@@ -6,6 +6,7 @@ from functools import lru_cache
 from typing import Any, Final
 
 import torch
+from torch import nn
 
 from common.plan import Plan
 
@@ -15,6 +16,8 @@ NO_GAIN: Final = frozenset(("efficientnet_b0", "unet"))
 
 TILE_CHANNELS: Final = 16
 """That a row of a tile holds."""
+
+_IN_ROWS: Final = (nn.GroupNorm, nn.InstanceNorm2d)
 
 
 def compute_type(plan: Plan) -> torch.dtype | None:
@@ -31,6 +34,17 @@ def compute_type(plan: Plan) -> torch.dtype | None:
     is_possible = plan.privacy.mechanism == "none" or plan.privacy.clipping in ("auto", "bookkeeping")
     gains = is_possible and plan.model.name not in NO_GAIN and multiplies_bfloat16()
     return torch.bfloat16 if gains else None
+
+
+def memory_format(network: nn.Module, compute: torch.dtype | None) -> torch.memory_format:
+    """Returns in which order images lie in memory while a network is trained.
+
+    In bfloat16 the channels of a pixel lie side by side: so convolutions and pooling take them, and would
+    put them otherwise. Group normalisation is slow in that order, and a network with it keeps to rows, as
+    do all in float32.
+    """
+    keeps_rows = any(isinstance(layer, _IN_ROWS) for layer in network.modules())
+    return torch.contiguous_format if compute is None or keeps_rows else torch.channels_last
 
 
 def multiplies_bfloat16() -> bool:

@@ -11,7 +11,7 @@ Levy et al. (2021), Learning with User-Level Privacy. Proximal term: Li et al. (
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,7 +26,7 @@ from client.augmentation import UNCHANGED, Augmenter, augmenter_of
 from client.cohort import Part
 from client.gaussian import Gaussian
 from client.noise import Key
-from client.precision import compute_type
+from client.precision import compute_type, memory_format
 from common import model as models
 from common.calibration import Mechanism
 from common.model import FlatArray
@@ -55,6 +55,14 @@ class Batch:
     def inputs(self) -> tuple[torch.Tensor, ...]:
         """What the network takes."""
         return network_inputs(self.images, self.values)
+
+    def laid_out(self, memory_format: torch.memory_format) -> Batch:
+        """Returns the batch with flat images in this order of memory, which convolutions then keep."""
+        if memory_format == torch.contiguous_format or self.images.dim() != 4:
+            return self
+        # with the strides of that order also for one channel, where both orders are the same
+        images = torch.empty_like(self.images, memory_format=memory_format).copy_(self.images)
+        return replace(self, images=images)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,11 +321,12 @@ class PlainGradient:
     ) -> None:
         self._network = network
         self._compute = compute
+        self._memory_format = memory_format(network, compute)
         self._expected_batch = expected_batch
 
     def accumulate(self, batch: Batch) -> float:
         with torch.autocast("cpu", self._compute, enabled=self._compute is not None):
-            outputs = self._network(*batch.inputs)
+            outputs = self._network(*batch.laid_out(self._memory_format).inputs)
         outputs = outputs if self._compute is None else outputs.float()
         losses = patient_means(case_losses(outputs, batch.targets), batch)
         (losses.sum() / self._expected_batch).backward()  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from common import unet
 from common.errors import ConfigError
 from common.fusion import Fusion
 from common.plan import Cnn, Plan
-from common.pooling import with_quick_pooling
+from common.layout import with_quick_layers
 from common.unet import Unet
 
 FlatArray = np.ndarray[tuple[int], np.dtype[np.float32]]
@@ -67,7 +67,7 @@ def trainable_privately(network: nn.Module) -> nn.Module:
     Raises:
         ConfigError: a layer mixes patients or keeps statistics; names it.
     """
-    network = with_quick_pooling(_without_batch_norm(network))
+    network = with_quick_layers(_without_batch_norm(network))
     for name, module in network.named_modules():
         if getattr(module, "inplace", False):
             module.inplace = False

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from common.pooling import QuickMaxPool2d, with_quick_pooling
+from common.layout import QuickMaxPool2d, with_quick_layers
 
 
 @settings(deadline=None)
@@ -43,7 +43,7 @@ def test_values_and_gradients_are_those_of_torch(
 @pytest.mark.parametrize("kept", [nn.MaxPool2d(2, return_indices=True), nn.MaxPool3d(2), nn.AvgPool2d(2)])
 def test_only_max_pooling_of_images_is_replaced(kept: nn.Module) -> None:
     network = nn.Sequential(nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.Sequential(kept, nn.MaxPool2d(2)))
-    changed: Any = with_quick_pooling(network)
+    changed: Any = with_quick_layers(network)
     assert changed[1][0] is kept
     assert [type(changed[0]), type(changed[1][1])] == [QuickMaxPool2d] * 2
     assert changed[0].extra_repr() == nn.MaxPool2d(3, 2, 1, ceil_mode=True).extra_repr()
