@@ -73,7 +73,9 @@ class BookKeeping:
         dtype = self._parameters[0].dtype
         self._book = book = Book.of(batch, dtype=dtype, compute=self._compute)
         try:
-            by_case = losses(self._network(*batch.laid_out(self._memory_format).inputs).to(dtype), batch.targets)
+            by_case = losses(
+                self._network(*batch.laid_out(self._memory_format).inputs).to(dtype), batch.targets
+            )
             by_case.sum().backward()  # type: ignore[no-untyped-call]
         finally:
             self._book = None

@@ -123,7 +123,7 @@ def _note_patches(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, sett
 
 
 def _note_one_by_one(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
-    """Patches are cut, or one native call made for all: to a convolution, each case is a group of channels."""
+    """Patches are cut, or one native call is made: to a convolution, each case is a group of channels."""
     if _is_better_cut(layer, inputs):
         by_case = _from_patches(layer, outer, inputs, padding=settings[1])
     else:
@@ -146,7 +146,7 @@ def _has_few_channels(inputs: Tensor) -> bool:
 
 
 def _from_patches(layer: Any, outer: Tensor, inputs: Tensor, *, padding: tuple[int, ...]) -> Tensor:
-    """Returns the gradients of each case's weights, as products of ``outer`` and the patches of the inputs."""
+    """Returns the gradients of each case's weights, as products with the patches of the inputs."""
     multiply = _by_channel
     if _has_few_channels(inputs):
         multiply, inputs = _by_position, inputs.contiguous()
@@ -156,7 +156,9 @@ def _from_patches(layer: Any, outer: Tensor, inputs: Tensor, *, padding: tuple[i
     for axis, (size, stride) in enumerate(zip(layer.kernel_size, layer.stride, strict=True), start=2):
         windows = windows.unfold(axis, size, stride)  # (cases, channels, *positions, *kernel)
     number = max(1, PATCH_NUMBERS // windows[0].numel())
-    parts = [multiply(*pair) for pair in zip(outer.split(number), windows.split(number), strict=True)]
+    parts = [
+        multiply(*pair) for pair in zip(torch.split(outer, number), torch.split(windows, number), strict=True)
+    ]
     return torch.cat(parts)
 
 

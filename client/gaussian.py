@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 CHUNK_PAIRS: Final = 1 << 16
 """At a time: what they need stays in the processor's cache."""
 MAX_BYTES: Final = 1 << 37
-"""Of one stream. Blocks of a cipher never repeat, as random ones would: of 2^33 they do with less than 2^-62."""
+"""Of one stream: 2^33 blocks. That they never repeat, as random ones might, tells with less than 2^-62."""
 EDGE: Final = np.uint32(1 << 22)
 """So many values of a word, at either end of its range, are too coarse for the radius of a pair."""
 _WORD_BYTES = 4

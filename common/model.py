@@ -13,8 +13,8 @@ from torch import nn
 from common import unet
 from common.errors import ConfigError
 from common.fusion import Fusion
-from common.plan import Cnn, Plan
 from common.layout import with_quick_layers
+from common.plan import Cnn, Plan
 from common.unet import Unet
 
 FlatArray = np.ndarray[tuple[int], np.dtype[np.float32]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,14 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from client import convolution
+from client import convolution, precision
 from client.book import Book
 from client.bookkeeping import BookKeeping, NotSupported
 from client.contribution import SHORT, Patches, Products, Rows, clip_factors, weighted_sums
-from client.convolution import _in_groups
 from client.hooked import ExpandedWeights
 from client.training import Batch, case_losses
 from common import model
+from common.layout import with_quick_layers
 from common.plan import NO_EXPANDED_WEIGHTS
 from tests.plans import plan
 from tests.test_common_model import PARAMS, images_of, targets_of
@@ -58,7 +60,7 @@ def one_by_one(network: nn.Module, batch: Batch, losses: Any = summed) -> list[T
 
 def require_equal(network: nn.Module, batch: Batch, losses: Any = summed) -> None:
     """Rows, norms and weighted sums are those of the oracle."""
-    precision = PRECISION[next(network.parameters()).dtype]
+    nearness = PRECISION[next(network.parameters()).dtype]
     expected = one_by_one(network, batch, losses)
     keeping = BookKeeping(network)
     found, _ = keeping.contributions(batch, losses=losses)
@@ -66,14 +68,14 @@ def require_equal(network: nn.Module, batch: Batch, losses: Any = summed) -> Non
     weights = torch.linspace(0.1, 1.0, batch.num_patients, dtype=expected[0].dtype)
     scale = max(float(rows.abs().max()) for rows in expected)
     for one, rows in zip(found, expected, strict=True):
-        near = {"rtol": precision, "atol": precision * max(scale, 1e-3)}
+        near = {"rtol": nearness, "atol": nearness * max(scale, 1e-3)}
         torch.testing.assert_close(one.rows(), rows, **near)
         torch.testing.assert_close(one.weighted_sum(weights), torch.tensordot(weights, rows, 1), **near)
     norms = (
         torch.stack([rows.reshape(len(rows), -1).square().sum(dim=1) for rows in expected]).sum(dim=0).sqrt()
     )
     told = torch.stack([one.squared_norms() for one in found]).sum(dim=0).sqrt()
-    torch.testing.assert_close(told, norms, rtol=precision, atol=precision)
+    torch.testing.assert_close(told, norms, rtol=nearness, atol=nearness)
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
@@ -147,21 +149,70 @@ def test_every_patient_contributes_what_autograd_says(
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize(("large", "is_alone"), [(10**6, False), (1, True)])
-def test_cases_done_alone_and_as_groups_contribute_the_same(
-    dims: int, large: int, is_alone: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("is_cut", [False, True])
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_patches_that_are_cut_and_cases_as_groups_contribute_the_same(
+    dims: int, is_cut: bool, data: st.DataObject
 ) -> None:
-    monkeypatch.setattr(convolution, "LARGE_KERNEL", {False: large, True: large})
-    calls = []
-    monkeypatch.setattr(
-        convolution, "_in_groups", lambda *all, **named: calls.append(1) or _in_groups(*all, **named)
-    )
-    torch.manual_seed(0)
-    layer = CONVOLUTIONS[dims](3, 4, kernel_size=3, stride=2, padding=1, dilation=2).double()
-    images = torch.randn(6, 3, *[9] * dims, dtype=torch.float64)
+    kernel, stride, padding = (data.draw(st.tuples(*[st.integers(*ends)] * dims)) for ends in GEOMETRY)
+    layer = CONVOLUTIONS[dims](3, 4, kernel, stride, padding, bias=data.draw(st.booleans())).double()
+    images = torch.randn(6, 3, *[8] * dims, dtype=torch.float64)
     targets = torch.randn_like(layer(images))
-    require_equal(nn.Sequential(layer), batch_of(images, targets, [2, 1, 3]))
-    assert (not calls) is is_alone
+    channels = 10**6 if is_cut else 0
+    with pytest.MonkeyPatch.context() as changed, calls_of(convolution, "_by_position") as cuts:
+        changed.setattr(convolution, "FEW_CHANNELS", {False: channels, True: channels})
+        changed.setattr(convolution, "PATCH_NUMBERS", data.draw(st.sampled_from([1, 10**4])))
+        require_equal(nn.Sequential(layer), batch_of(images, targets, [2, 1, 3]))
+    assert bool(cuts) is is_cut
+
+
+GEOMETRY = ((2, 3), (1, 2), (0, 2))
+"""The least and the greatest kernel, stride and padding."""
+
+
+@contextmanager
+def calls_of(module: Any, name: str) -> Iterator[list[Any]]:
+    """Yields the arguments of each call of a function while it is open."""
+    calls: list[Any] = []
+    function = getattr(module, name)
+
+    def called(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments)
+        return function(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setattr(module, name, called)
+        yield calls
+
+
+@pytest.mark.parametrize("channels", [1, 3, 12])
+def test_channels_that_lie_side_by_side_contribute_what_rows_do(
+    channels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With each kind of convolution, and what stands between them, which keeps that order of memory."""
+    monkeypatch.setattr(precision, "memory_format", lambda *_: torch.channels_last)
+    monkeypatch.setattr(convolution, "PATCH_NUMBERS", 1)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(channels, 16, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 12, 3, stride=2, padding=(1, 2)),
+        nn.Conv2d(12, 12, 3, groups=3, padding="same"),
+        nn.Conv2d(12, 10, 3, dilation=2, padding=2),
+        nn.ConvTranspose2d(10, 9, 2),
+        nn.Conv2d(9, 8, 1),
+        nn.Softplus(),
+        nn.Flatten(),
+        nn.Linear(8 * 6 * 7, 2),
+    ).double()
+    images = torch.randn(6, channels, 20, 20, dtype=torch.float64)
+    batch = batch_of(images, torch.randn(6, 2, dtype=torch.float64), [2, 1, 3])
+    with calls_of(convolution, "_by_channel") as cuts:
+        require_equal(with_quick_layers(network), batch)
+    in_order = [outer.is_contiguous(memory_format=torch.channels_last) for outer, _ in cuts]
+    assert len(in_order) >= len(images) and all(in_order)
 
 
 class _Scaled(nn.Module):

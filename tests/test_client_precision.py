@@ -9,7 +9,7 @@ from torch import nn
 from client import precision
 from client.bookkeeping import BookKeeping
 from client.precision import NO_GAIN, compute_type
-from client.training import Batch
+from client.training import Batch, PlainGradient
 from common import model
 from common.errors import ConfigError
 from common.plan import NO_PRIVATE_BFLOAT16
@@ -91,6 +91,39 @@ def test_only_bfloat16_is_slow_in_groups_and_only_on_tiles_that_are_not_full(
     layer = nn.Conv2d(*channels, 3, groups=groups)
     assert precision.is_slow_in_groups(BF16, layer) is (has_tiles and not fills)
     assert not precision.is_slow_in_groups(torch.float32, layer)
+
+
+def test_channels_lie_side_by_side_in_bfloat16_where_no_layer_normalises_groups_of_them() -> None:
+    article, grouped = model.build(plan(model="article_cnn", preprocessing="rgb64")), model.build(plan())
+    assert precision.memory_format(article, BF16) == torch.channels_last
+    assert precision.memory_format(article, None) == torch.contiguous_format
+    assert precision.memory_format(grouped, BF16) == torch.contiguous_format
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_every_layer_of_images_takes_them_in_that_order(channels: int) -> None:
+    """Also a first one of one channel, to which both orders are the same."""
+    network = model.build(plan(model="article_cnn", preprocessing="rgb64"))
+    seen = []
+    for layer in network.modules():
+        if isinstance(layer, nn.ReLU | nn.MaxPool2d | nn.Flatten):
+            layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    if channels == 1:
+        network[0] = nn.Conv2d(1, 32, kernel_size=3)
+    batch = Batch(
+        images=torch.rand(4, channels, 64, 64),
+        values=torch.zeros(4, 0),
+        targets=torch.arange(4) % 2,
+        owners=torch.arange(4),
+        num_patients=4,
+    )
+    plain = PlainGradient(network, expected_batch=4, compute=BF16)
+    for run in (plain.accumulate, BookKeeping(network, compute=BF16).contributions):
+        seen.clear()
+        run(batch)
+        images = [one for one in seen if one.dim() == 4]
+        assert len(images) == 4
+        assert all(one.is_contiguous(memory_format=torch.channels_last) for one in images)
 
 
 @pytest.mark.usefixtures("has_tiles")
