@@ -10,6 +10,7 @@ named by keyed pseudonyms; nothing here names a file or a patient.
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Callable, Container, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -129,6 +130,18 @@ def _read_records(directory: Path, *, index: dict[str, Any], dtype: np.dtype[Any
         return None
     fits = records.dtype == dtype and records.shape == (len(index["rows"]),)
     return records.view(np.ndarray) if fits else None
+
+
+def let_go(records: np.ndarray) -> None:
+    """Takes the pages of mapped records, or of a part of them, out of this process's memory.
+
+    They stay in the system's, as long as it has room, and are mapped again when they are used.
+    """
+    base: Any = records
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 def _checksum_of(path: Path) -> int:

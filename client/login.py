@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ssl
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING
 
 from client.pacs_settings import Authentication, Basic, Token
 from common import keys
 from common.errors import ConfigError
+
+if TYPE_CHECKING:  # takes long to import, and every command reads the settings that this module is of
+    from collections.abc import Callable
+
+    import httpx
+
+    Auth = httpx.Auth | Callable[[httpx.Request], httpx.Request]
 
 
 def trust(path: str | None, *, directory: Path) -> ssl.SSLContext:
@@ -29,7 +34,7 @@ def trust(path: str | None, *, directory: Path) -> ssl.SSLContext:
         ) from None
 
 
-def auth(authentication: Authentication, *, directory: Path) -> httpx.Auth | None:
+def auth(authentication: Authentication, *, directory: Path) -> Auth | None:
     """Returns what adds the credentials to each request; they are read from the files that hold them.
 
     Raises:
@@ -37,9 +42,11 @@ def auth(authentication: Authentication, *, directory: Path) -> httpx.Auth | Non
     """
     if isinstance(authentication, Basic):
         secret = _password(authentication, directory=directory)
+        import httpx
+
         return httpx.BasicAuth(authentication.user.encode(), secret)
     if isinstance(authentication, Token):
-        return _Bearer(_token(directory / authentication.token_file))
+        return _bearer(_token(directory / authentication.token_file))
     return None
 
 
@@ -72,10 +79,9 @@ def _secret(path: Path) -> bytes:
     return keys.read_secret(path)
 
 
-class _Bearer(httpx.Auth):
-    def __init__(self, token: str) -> None:
-        self._value = f"Bearer {token}"
+def _bearer(token: str) -> Callable[[httpx.Request], httpx.Request]:
+    def with_token(request: httpx.Request) -> httpx.Request:
+        request.headers["Authorization"] = f"Bearer {token}"
+        return request
 
-    def auth_flow(self, request: httpx.Request) -> Any:
-        request.headers["Authorization"] = self._value
-        yield request
+    return with_token

@@ -11,17 +11,19 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Final, Literal, Self
 from urllib.parse import unquote
 from urllib.request import getproxies_environment, proxy_bypass
 
-import httpx
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from client import login
 from client.pacs_settings import Basic, NoAuthentication
 from common.errors import ConfigError
 from common.value import Value
+
+if TYPE_CHECKING:  # takes long to import, and every command reads the settings that this module is of
+    import httpx
 
 ADDRESS: Final = re.compile(r"https?://([A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]+\]):[1-9]\d{0,4}")
 """An address without user and password. The port has to be said: programs differ in what they take for it."""
@@ -79,6 +81,8 @@ class Proxy:
     @property
     def client(self) -> httpx.Proxy:
         """The same for a client of HTTP."""
+        import httpx
+
         return httpx.Proxy(self.url, auth=self.login, ssl_context=self.tls)
 
 

@@ -7,7 +7,6 @@ import secrets
 from importlib import resources
 from pathlib import Path
 
-from client import credential
 from client.site import read_settings
 from common import keys
 from common.errors import ConfigError, UserError
@@ -49,6 +48,8 @@ def complete(directory: Path, *, name: str, nominal_patients: int | None) -> lis
 
 
 def _make_keys(directory: Path, *, name: str) -> list[Path]:
+    from client import credential  # where keys are made: most commands need the text above alone
+
     private = directory / "private"
     made = []
     split_key, site_key = private / "split.key", private / "site.key"

@@ -165,3 +165,13 @@ def test_simulation_names_it_by_partition(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("FEVERFEW_SITES", "/sites/a b\n/sites/c")
     assert site_directory({"partition-id": 0, "num-partitions": 2}) == Path("/sites/a b")
     assert site_directory({"partition-id": 1, "num-partitions": 2}) == Path("/sites/c")
+
+
+def test_sites_that_say_the_same_have_it_in_memory_once(tmp_path: Path) -> None:
+    """Of a thousand simulated sites only names and numbers differ; what differs stays apart."""
+    apart = {"train": 0.7, "validation": 0.1, "test": 0.2}
+    one, other = (write_site(tmp_path / name, name=name, num_patients=2).settings for name in ("a", "b"))
+    third = write_site(tmp_path / "c", name="c", num_patients=2, split=apart).settings
+    assert one.name != other.name
+    assert one.split is other.split and one.rules is other.rules is third.rules
+    assert third.split != one.split

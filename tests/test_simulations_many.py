@@ -8,8 +8,10 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 
@@ -188,6 +190,7 @@ def test_a_grid_waits_as_long_as_it_is_asked_and_no_longer_than_for_a_reply(tmp_
 def cohort_of(num_cases: int) -> Any:
     class Cohort:
         offered = num_cases
+        parts: ClassVar[dict[str, Any]] = {}
 
     return Cohort()
 
@@ -203,6 +206,38 @@ def test_open_cohorts_hold_so_many_cases_whatever_the_number_of_sites() -> None:
     for number in range(1000):
         tiny.get(Path(f"{number}"), 1, lambda: cohort_of(1))
     assert len(tiny) == 7, "each has a file open"
+
+
+def test_pixels_are_in_memory_of_the_cohort_that_was_asked_for_last(tmp_path: Path) -> None:
+    """Also where more of them are open; they come back from their file when they are wanted again."""
+    cohorts = OpenCohorts()
+    for name in ("a", "b"):
+        np.save(tmp_path / f"{name}.npy", np.full((500, 1, 32, 32), ord(name), dtype=np.uint8))
+
+    def asked(name: str) -> Any:
+        images = np.load(tmp_path / f"{name}.npy", mmap_mode="r")
+        parts = {"train": SimpleNamespace(images=images[:400]), "test": SimpleNamespace(images=images[400:])}
+        made = SimpleNamespace(offered=500, parts=parts)
+        return cohorts.get(Path(name), 1, lambda: made).cohort.parts["train"].images
+
+    first = asked("a")
+    for _ in range(2):
+        assert (first == ord("a")).all() and in_memory(tmp_path / "a.npy") > 400_000
+        asked("a")
+        assert in_memory(tmp_path / "a.npy") > 400_000, "nothing else was wanted"
+        asked("b")
+        assert in_memory(tmp_path / "a.npy") == 0
+
+
+def in_memory(file: Path) -> int:
+    """Returns the bytes of a mapped file that this process holds."""
+    found, is_of_file = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if "-" in line.split()[0]:
+            is_of_file = line.endswith(str(file))
+        elif is_of_file and line.startswith("Rss:"):
+            found += int(line.split()[1]) * 1024
+    return found
 
 
 def test_an_open_cohort_is_used_again_until_another_is_wanted_and_the_longest_unused_goes() -> None:

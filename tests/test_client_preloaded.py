@@ -1,0 +1,94 @@
+"""What is forked from a fork server shares what that has imported, and nobody holds pages of files for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = """
+import json, multiprocessing, os, sys
+from multiprocessing import forkserver as server
+from client.memory import forkserver
+
+def file_kilobytes(pid):
+    rollup = dict(line.split(":") for line in open(f"/proc/{pid}/smaps_rollup").read().splitlines()[1:])
+    return int(rollup["Pss_File"].split()[0])
+
+def forked(pipe):
+    known = "torch" in sys.modules
+    pipe.send_bytes(json.dumps({"server": os.getppid(), "self": os.getpid(), "known": known}).encode())
+    pipe.recv_bytes()
+
+if __name__ == "__main__":
+    context = forkserver(preload=sys.argv[1:])
+    told = []
+    for _ in range(2):
+        ours, theirs = multiprocessing.Pipe()
+        process = context.Process(target=forked, args=(theirs,))
+        process.start()
+        told.append(json.loads(ours.recv_bytes()) | {"seen": process.pid})
+        told[-1]["files"] = file_kilobytes(told[-1]["server"])
+        told[-1]["started"] = server._forkserver._forkserver_pid
+        ours.send_bytes(b"leave")
+        process.join()
+        told[-1]["code"] = process.exitcode
+    print(json.dumps(told))
+"""
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what a process has in memory")
+
+
+def run(place: Path, *preload: str) -> list[dict[str, Any]]:
+    """What two processes say that were forked one after the other."""
+    script = place / "forks.py"
+    script.write_text(SCRIPT, encoding="utf-8")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, str(script), *preload]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=120)
+    assert done.stderr == ""
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
+@linux
+def test_the_server_goes_on_as_a_child_that_knows_all_and_holds_few_pages_of_files(tmp_path: Path) -> None:
+    (ordinary, *_), told = run(tmp_path, "torch"), run(tmp_path, "torch", "client.preloaded")
+    assert ordinary["server"] == ordinary["started"]
+    for one in told:
+        assert one["known"] and one["code"] == 0 and one["seen"] == one["self"]
+        assert one["server"] != one["started"]
+        assert one["files"] < ordinary["files"] / 4
+    assert told[0]["server"] == told[1]["server"], "one server for both"
+
+
+@linux
+def test_server_and_who_waits_for_it_are_gone_after_the_command(tmp_path: Path) -> None:
+    (one, _) = run(tmp_path, "client.preloaded")
+    deadline = time.monotonic() + 20
+    while any(is_alive(one[name]) for name in ("server", "started")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return False
+
+
+def test_to_import_it_elsewhere_does_nothing() -> None:
+    code = (
+        "import gc, os; before = os.getpid(); import client.preloaded; "
+        "print(os.getpid() == before, gc.get_freeze_count())"
+    )
+    place = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=place)
+    assert done.stdout == "True 0\n"
