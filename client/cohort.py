@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -44,6 +44,31 @@ logger = logging.getLogger("feverfew.site")
 PARTS = ("train", "validation", "test")
 
 
+class Neighbours(Sequence[np.ndarray]):
+    """The indices of each patient's cases where these stand side by side; in little memory.
+
+    Args:
+        counts: of cases, by patient.
+    """
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self._ends = np.cumsum(counts, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, place: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, place: slice) -> tuple[np.ndarray, ...]: ...
+    def __getitem__(self, place: int | slice) -> np.ndarray | tuple[np.ndarray, ...]:
+        if isinstance(place, slice):
+            return tuple(self[one] for one in range(*place.indices(len(self))))
+        patient = range(len(self))[place]
+        begin = self._ends[patient - 1] if patient else 0
+        return np.arange(begin, self._ends[patient], dtype=np.int64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Part:
     """The usable cases of one part.
@@ -59,7 +84,7 @@ class Part:
     images: np.ndarray
     targets: np.ndarray
     values: np.ndarray
-    patients: tuple[np.ndarray, ...]
+    patients: Sequence[np.ndarray]
 
     def has_class(self, index: int) -> np.ndarray:
         """Returns whether each case is, bears or shows a class: bool, (cases,)."""
@@ -289,7 +314,7 @@ def _part(used: Sequence[_Entry], *, records: np.ndarray, asked: Asked) -> Part:
         images=records["image"],
         targets=records["mask"] if asked.target == "mask" else _targets(used, asked),
         values=clinical.array([entry.values for entry in used], num_features=asked.num_features),
-        patients=tuple(np.array(list(positions), dtype=np.int64) for _, positions in groups),
+        patients=Neighbours([len(list(positions)) for _, positions in groups]),
     )
 
 

@@ -64,9 +64,6 @@ from flwr.proto.run_pb2 import GetRunRequest
 
 # The headers that carry a site's key and signature.
 from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-
-# The two clients of the SuperLink that Flower's own programs use.
-from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.supercore.fab import Fab
 
 # A message travels as a tree of objects named by their hash.
@@ -92,12 +89,8 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_objects,
 )
 
-# How long a request waits before it is sent to a SuperLink once more.
-from flwr.supercore.retry import http_retry
-
 # ``Message`` takes run and node from here; outside Flower's own programs nobody sets it.
 from flwr.supercore.task_identity import TaskIdentity
-from flwr.supernode.fleet_http_client import FleetHttpClient
 
 # What protobuf raises over bytes that are none of its messages.
 from google.protobuf.message import DecodeError
@@ -232,11 +225,16 @@ def shorten_retries() -> None:
     Requests that were sent more than once are counted from then on.
     """
 
-    def waits(**options: Any) -> Iterator[float]:
-        _repeated.append(None)  # the first wait is asked for when a request has failed
-        yield from _EXPONENTIAL(**options | {"max_delay": RETRY_SECONDS})
+    retrying: Any = sys.modules.get(_RETRYING_MODULE)  # a process has imported what it asks with
+    if retrying is not None:
+        retrying.exponential = _short_waits
 
-    http_retry.exponential = waits
+
+def _short_waits(**options: Any) -> Iterator[float]:
+    from flwr.supercore.retry import exponential
+
+    _repeated.append(None)  # the first wait is asked for when a request has failed
+    yield from exponential(**options | {"max_delay": RETRY_SECONDS})
 
 
 def repeated_requests() -> int:
@@ -247,7 +245,7 @@ def repeated_requests() -> int:
     return len(_repeated)
 
 
-_EXPONENTIAL = http_retry.exponential
+_RETRYING_MODULE = "flwr.supercore.retry.http_retry"
 _repeated: list[None] = []  # appended to by several threads
 
 
@@ -327,11 +325,17 @@ def build_bundle(directory: Path) -> bytes:
 
 def control_client(address: str, *, tls: ssl.SSLContext) -> Any:
     """Returns a client of a SuperLink's Control API."""
+    # Imported here as in ``fleet_client``: with a client of Flower's comes a whole web server, 10 MB that
+    # neither a ServerApp of a simulation nor a worker has a use for.
+    from flwr.supercore.control.control_http_client import ControlHttpClient
+
     return _over(httpx.HTTPTransport(verify=tls, trust_env=False), ControlHttpClient, address)
 
 
 def fleet_client(address: str, *, transport: httpx.BaseTransport, signature: Any) -> Any:
     """Returns a client of a SuperLink's Fleet API; ``signature`` sees every request before it is sent."""
+    from flwr.supernode.fleet_http_client import FleetHttpClient
+
     return _over(transport, FleetHttpClient, address, interceptors=(signature,))
 
 

@@ -21,7 +21,7 @@ from PIL import Image as Pillow
 from client import cache, frozen, images, making, skeleton, split
 from client import preprocessing as preparing
 from client.case import Case, Refused
-from client.cohort import Cohort, freeze, open_cohort
+from client.cohort import Cohort, Neighbours, freeze, open_cohort
 from client.site import Site, Split, open_site
 from common import keys
 from common.errors import ConfigError, DataError, SchemaError, StateError, UserError
@@ -603,3 +603,18 @@ def test_records_of_half_precision_are_kept_and_read_back(tmp_path: Path) -> Non
     whole = np.concatenate([part.images for part in opened(site).parts.values()]).astype(np.float32)
     np.testing.assert_allclose(every.astype(np.float32), whole / 255, atol=0.5 / 255 + 1e-3)
     assert not np.array_equal(np.rint(every.astype(np.float32) * 255) / 255, every), "more than a byte holds"
+
+
+@pytest.mark.parametrize("counts", [[], [1], [2, 1, 3], [0, 2, 0, 1]])
+def test_neighbours_are_the_indices_that_counts_say(counts: list[int]) -> None:
+    ends = [sum(counts[: number + 1]) for number in range(len(counts))]
+    expected = [list(range(end - count, end)) for end, count in zip(ends, counts, strict=True)]
+    found = Neighbours(counts)
+    assert len(found) == len(counts) and bool(found) is bool(counts)
+    assert [list(one) for one in found] == expected
+    assert [list(one) for one in found[1:]] == expected[1:] and type(found[1:]) is tuple
+    assert all(one.dtype == np.int64 for one in found)
+    if counts:
+        assert list(found[-1]) == expected[-1]
+    with pytest.raises(IndexError):
+        found[len(counts)]
