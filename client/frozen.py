@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import json
 import os
+import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,17 +42,17 @@ class FrozenCase:
 
 
 class Sources(Collection[FrozenCase]):
-    """Frozen cases in little memory: kept as text, and made of it whenever they are asked for."""
+    """Frozen cases in little memory: kept as packed text, and made of it whenever they are asked for."""
 
     def __init__(self, cases: Sequence[FrozenCase]) -> None:
-        self._text = json.dumps([_fields(one) for one in cases]).encode("ascii")
+        self._packed = zlib.compress(json.dumps([_fields(one) for one in cases]).encode("ascii"))
         self._length = len(cases)
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[FrozenCase]:
-        return map(_frozen_case, json.loads(self._text))
+        return map(_frozen_case, json.loads(zlib.decompress(self._packed)))
 
     def __contains__(self, case: object) -> bool:
         return any(one == case for one in self)

@@ -109,18 +109,29 @@ class SiteSettings(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One hospital: a directory and its settings. ``state`` holds ledger, replies, models and events,
-    ``runs`` for each run the cases that it used, ``approvals`` what was decided about plans."""
+    """One hospital: a directory and its settings."""
 
     directory: Path
     settings: SiteSettings
-    state: Path
-    runs: Path
-    approvals: Path
 
     @property
     def name(self) -> str:
         return self.settings.name
+
+    @property
+    def state(self) -> Path:
+        """Ledger, replies, models and events."""
+        return self.directory / "state"
+
+    @property
+    def runs(self) -> Path:
+        """For each run the cases that it used."""
+        return self.private / "runs"
+
+    @property
+    def approvals(self) -> Path:
+        """What was decided about plans."""
+        return self.private / "approvals"
 
     @property
     def private(self) -> Path:
@@ -161,13 +172,7 @@ def open_site(directory: Path) -> Site:
             f"Expected a site directory with site.yaml, found none at {directory}; "
             "make one with feverfew-client init."
         )
-    return Site(
-        directory=directory,
-        settings=read_settings(path),
-        state=directory / "state",
-        runs=directory / "private" / "runs",
-        approvals=directory / "private" / "approvals",
-    )
+    return Site(directory=directory, settings=read_settings(path))
 
 
 def read_settings(path: Path) -> SiteSettings:
