@@ -111,8 +111,7 @@ def fields(message: str, record: RecordDict) -> Iterator[Field]:
 def _on_a_copy(site: Site, place: Path) -> Site:
     refusing = [policy for policy in site.settings.policies if policy.decision == "refuse"]
     settings = site.settings.model_copy(update={"policies": (*refusing, EVERY_PLAN)})
-    places = {name: place / name for name in ("state", "runs", "approvals")}
-    copy = replace(site, settings=settings, **places)
+    copy = replace(site, settings=settings, records=place)
     copy.state.mkdir()
     for path in (release.head_path, release.ledger_path):  # in this order: the head is never ahead
         if path(site).exists():

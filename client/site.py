@@ -109,10 +109,12 @@ class SiteSettings(Value):
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """One hospital: a directory and its settings."""
+    """One hospital: a directory and its settings. ``records``: where its records are; None for the directory
+    itself."""
 
     directory: Path
     settings: SiteSettings
+    records: Path | None = None
 
     @property
     def name(self) -> str:
@@ -121,17 +123,17 @@ class Site:
     @property
     def state(self) -> Path:
         """Ledger, replies, models and events."""
-        return self.directory / "state"
+        return (self.records or self.directory) / "state"
 
     @property
     def runs(self) -> Path:
         """For each run the cases that it used."""
-        return self.private / "runs"
+        return (self.records or self.private) / "runs"
 
     @property
     def approvals(self) -> Path:
         """What was decided about plans."""
-        return self.private / "approvals"
+        return (self.records or self.private) / "approvals"
 
     @property
     def private(self) -> Path:

@@ -184,7 +184,7 @@ def test_every_image_is_its_own_patient_when_said(tmp_path: Path) -> None:
 def test_empty_parts_and_an_empty_cohort_are_legal(tmp_path: Path) -> None:
     site = make_site(tmp_path / "a", rows_of(3), split={"train": 0, "validation": 0, "test": 1})
     cohort = opened(site)
-    assert cohort.parts["train"].images.shape == (0, 1, 8, 8) and cohort.parts["train"].patients == ()
+    assert cohort.parts["train"].images.shape == (0, 1, 8, 8) and len(cohort.parts["train"].patients) == 0
     assert len(cohort.parts["test"].targets) == 6
     empty = opened(make_site(tmp_path / "b", []))
     assert (empty.offered, empty.used) == (0, 0)

@@ -58,6 +58,7 @@ CALLS = {
     *("os.system", "os.popen", "os.execv", "os.execvp", "os.execve", "os.spawnv", "pandas.read_pickle"),
 }
 PICKLING = {f"{numpy}.{name}" for numpy in ("np", "numpy") for name in ("load", "save", "savez")}
+ALLOWED = {"client/preloaded.py": ["os.execv"]}
 METHODS = {"recv"}
 """Of multiprocessing's connections: what was sent is unpickled. ``recv_bytes`` is not."""
 
@@ -95,8 +96,9 @@ def problems(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_source_file_can_execute_what_it_reads(path: Path) -> None:
-    """Arguments with which multiprocessing starts our own processes are pickled by it; nothing else is."""
-    assert problems(path) == []
+    """Arguments with which multiprocessing starts our own processes are pickled by it; nothing else is. One
+    file starts a program in its own place, which is written there and told a number."""
+    assert problems(path) == ALLOWED.get(str(path.relative_to(ROOT)), [])
 
 
 @pytest.mark.parametrize(
