@@ -18,7 +18,6 @@ from multiprocessing import forkserver
 from typing import Final
 
 _WAIT: Final = "import os, sys; os.waitpid(int(sys.argv[1]), 0)"
-_MOST_FILES = 1024
 
 
 def go_on_as_a_child() -> None:
@@ -27,7 +26,6 @@ def go_on_as_a_child() -> None:
     if child == 0:
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both; the server decides
-    os.closerange(3, _MOST_FILES)  # the server's socket, and the pipe whose end tells it to leave
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", _WAIT, str(child)])
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 SCRIPT = """
-import json, multiprocessing, os, sys
+import json, multiprocessing, os, signal, sys
 from multiprocessing import forkserver as server
 from client.memory import forkserver
 
@@ -39,6 +39,8 @@ if __name__ == "__main__":
         ours.send_bytes(b"leave")
         process.join()
         told[-1]["code"] = process.exitcode
+        os.kill(told[-1]["started"], signal.SIGINT)  # as Ctrl-C does to all of them
+        os.kill(told[-1]["started"], signal.SIGINT)  # as Ctrl-C does to all of them
     print(json.dumps(told))
 """
 
@@ -66,6 +68,8 @@ def test_the_server_goes_on_as_a_child_that_knows_all_and_holds_few_pages_of_fil
         assert one["server"] != one["started"]
         assert one["files"] < ordinary["files"] / 4
     assert told[0]["server"] == told[1]["server"], "one server for both"
+    assert told[0]["started"] == told[1]["started"]
+    assert told[0]["started"] == told[1]["started"]
 
 
 @linux
