@@ -23,7 +23,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from tests.orthanc import free_port, scan
+from tests.orthanc import scan
+from tests.ports import free_port
 
 Handler = Callable[[Request], Any]
 TYPE = 'multipart/related; type="application/dicom"; boundary=xyz'
@@ -59,6 +60,7 @@ def served(app: Starlette | Switch, *, certificate: Path | None = None) -> Itera
     thread.start()
     try:
         while not server.started:
+            assert thread.is_alive(), "the server could not start"
             time.sleep(0.01)
         yield f"{'https' if certificate else 'http'}://127.0.0.1:{port}"
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from pydicom import dcmread
 
 from client.site import Site, open_site
 from simulations import anatomy, dicom_file, phantom
+from tests.ports import free_port
 from tests.scans import dicom
 from tests.sites import write_site
 
@@ -149,13 +149,6 @@ def running(directory: Path, **options: Any) -> Iterator[Orthanc]:
         yield server
     finally:
         server.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
 
 
 def scan(patient: int, *, slices: int = 3, **tags: Any) -> list[bytes]:

@@ -27,8 +27,9 @@ from server.process import Identity
 from server.run_record import RunRecord
 from server.services import pid_file
 from tests import fault_points, plans
+from tests.ports import free_ports
 from tests.proxy import Proxy
-from tests.test_deployment import BINARIES, ROOT, Federation, free_ports, wait_for
+from tests.test_deployment import BINARIES, ROOT, Federation, wait_for
 
 SITES = ("east", "north", "south", "west")
 START_AGAIN_SECONDS = 0.5

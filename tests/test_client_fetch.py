@@ -13,7 +13,8 @@ from client.fetched import REMEDIES
 from client.site import open_site
 from common.errors import ConfigError, DeploymentError, StateError
 from tests.dicomweb import SERIES, STUDY, archive, element, listed, served
-from tests.orthanc import changed, free_port, site_of
+from tests.orthanc import changed, site_of
+from tests.ports import free_port
 from tests.test_docs import DOCS, literals, quoted, table
 
 CLIENT = Path(fetch.__file__).parent

@@ -30,7 +30,8 @@ from server.home import Home, create_home
 from tests.dicomweb import archive, served
 from tests.forward_proxy import ForwardProxy
 from tests.orthanc import site_of
-from tests.test_server_gateway import Upstream, free_port, serving, superlink
+from tests.ports import free_port
+from tests.test_server_gateway import Upstream, serving, superlink
 
 PASSWORD = "pä:ss wörd"
 LOGIN = f"feverfew:{PASSWORD}"

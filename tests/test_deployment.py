@@ -31,6 +31,7 @@ from server.submission import Followed, Outcome
 from simulations import engine
 from tests import plans, sites
 from tests.authority import Authority
+from tests.ports import free_ports
 
 pytestmark = [
     pytest.mark.deployment,
@@ -103,16 +104,6 @@ def wait_for(condition: Callable[[], Any], *, seconds: float = 60, what: str = "
             return value
         time.sleep(0.05)
     raise AssertionError(f"not within {seconds} s: {what or condition}")
-
-
-def free_ports(number: int) -> list[int]:
-    probes = [socket.socket() for _ in range(number)]
-    for probe in probes:
-        probe.bind(("127.0.0.1", 0))
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 @dataclass

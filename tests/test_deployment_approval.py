@@ -20,7 +20,8 @@ from common.plan import Plan
 from server import bundle, checkpoint
 from server.run_record import RunRecord
 from tests import plans
-from tests.test_deployment import BINARIES, ROOT, SITES, Federation, free_ports, wait_for
+from tests.ports import free_ports
+from tests.test_deployment import BINARIES, ROOT, SITES, Federation, wait_for
 
 pytestmark = [
     pytest.mark.deployment,

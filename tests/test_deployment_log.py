@@ -12,8 +12,9 @@ import pytest
 
 from client import credential
 from tests import plans
+from tests.ports import free_ports
 from tests.test_common_logline import parsed
-from tests.test_deployment import BINARIES, ROOT, Federation, free_ports, wait_for
+from tests.test_deployment import BINARIES, ROOT, Federation, wait_for
 
 pytestmark = [
     pytest.mark.deployment,

@@ -20,7 +20,8 @@ from client.site import open_site
 from common.plan import Plan
 from common.privacy import epsilon, merged
 from tests import plans, planted, wire
-from tests.test_deployment import BINARIES, ROOT, Federation, free_ports, wait_for
+from tests.ports import free_ports
+from tests.test_deployment import BINARIES, ROOT, Federation, wait_for
 from tests.test_docs import PRIVACY, quoted, table
 
 pytestmark = [

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.forward_proxy import ForwardProxy
+from tests.ports import free_ports
 from tests.test_client_route import ISSUER, server_context
-from tests.test_deployment import ROOT, Federation, free_ports, wait_for
+from tests.test_deployment import ROOT, Federation, wait_for
 
 pytestmark = [
     pytest.mark.deployment,

@@ -21,8 +21,9 @@ from common.plan import Plan
 from common.privacy import epsilon, merged
 from server import checkpoint, renewal
 from tests import plans
+from tests.ports import free_ports
 from tests.test_client_backup import commands, does
-from tests.test_deployment import BINARIES, ROOT, Federation, free_ports, wait_for
+from tests.test_deployment import BINARIES, ROOT, Federation, wait_for
 
 pytestmark = [
     pytest.mark.deployment,

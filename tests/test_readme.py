@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from common.config import compose_plan, plain, plan_of
 from server.__main__ import _parser as server_parser
 from server.report import Report
 from simulations.settings import settings_of, source_of
+from tests.ports import free_port
 from tests.test_docs import DOCUMENTS, quoted, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,7 +167,7 @@ class Terminals:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.port = free_port()
+        self.port = free_port(also_next=True)
         self.variables: dict[str, str] = {}
         self.daemons: list[subprocess.Popen[bytes]] = []
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -220,19 +220,6 @@ class Terminals:
         for process in reversed(self.daemons):
             process.send_signal(signal.SIGTERM)
             process.wait(60)
-
-
-def free_port() -> int:
-    """Returns a port that is free, as is the next one."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = int(first.getsockname()[1])
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from server.refusals import REASONS
 from server.traffic import TELL_SECONDS
 from server.vitals import Vitals
 from tests.callers import TYPE, Caller, certified, enrol
+from tests.ports import free_port
 
 GOOD = b"/v1/fleet/pull-messages"
 KEY, TIME, SIGNATURE = flower.SIGNATURE_HEADERS
@@ -61,18 +62,13 @@ class Upstream:
         await response(scope, receive, send)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def serving(*servers: uvicorn.Server) -> Iterator[None]:
     threads = [threading.Thread(target=server.run) for server in servers]
     for thread in threads:
         thread.start()
     while not all(server.started for server in servers):
+        assert all(thread.is_alive() for thread in threads), "a server could not start"
         time.sleep(0.01)
     try:
         yield

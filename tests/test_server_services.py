@@ -10,7 +10,8 @@ import pytest
 from server import services
 from server.home import create_home
 from tests.forward_proxy import ForwardProxy
-from tests.test_server_gateway import Upstream, free_port, serving, superlink
+from tests.ports import free_port
+from tests.test_server_gateway import Upstream, serving, superlink
 
 
 def test_the_superlink_is_started_so_that_it_serves_nobody_but_us(tmp_path: Path) -> None:
