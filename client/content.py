@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,8 @@ def stamp(case: Case, *, directory: Path) -> Stamp:
     Raises:
         UnusableCase: as ``load``.
     """
-    stamps = [one for image in case.images for one in _stamps(directory / image)]
+    paths = [os.path.join(directory, image) for image in case.images]  # a Path takes longer than its stamp
+    stamps = [one for path in paths for one in _stamps(path)]
     if case.mask:
         stamps.append(files.stamp(directory / case.mask))
     size = sum(one[0] for one in stamps)
@@ -64,12 +66,12 @@ def stamp(case: Case, *, directory: Path) -> Stamp:
     return size, max(one[1] for one in stamps), max(one[2] for one in stamps)
 
 
-def _stamps(image: Path) -> list[Stamp]:
+def _stamps(image: str) -> list[Stamp]:
     """Returns the stamp of the file, which is looked at once, or of each file of the folder."""
     try:
         return [files.stamp(image)]
     except UnusableCase:
-        return [files.stamp(path) for path in _paths(image)]
+        return [files.stamp(path) for path in _paths(Path(image))]
 
 
 def _paths(image: Path) -> list[Path]:

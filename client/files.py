@@ -18,14 +18,14 @@ ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 Stamp = tuple[int, int, int]
 
 
-def stamp(path: Path) -> Stamp:
+def stamp(path: Path | str) -> Stamp:
     """Returns size, mtime_ns, ctime_ns of a regular file: as long as they stay, its content stays.
 
     Raises:
         UnusableCase: ``missing_file``, ``not_readable`` or ``too_large``.
     """
     try:
-        status = path.stat()
+        status = os.stat(path)
     except OSError as error:
         raise _unusable(error) from None
     if not stat.S_ISREG(status.st_mode):

@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
-
 from client.files import private_directory
 from client.site import Site
 from common import durable
@@ -20,7 +18,7 @@ def opened(site: Site, *, run: str) -> Iterator[Path]:
     At the end it is durable which files are in it, so a release may follow.
     """
     private_directory(site.runs)
-    with FileLock(site.runs / ".lock", mode=0o600):
+    with durable.locked(site.runs / ".lock"):
         directory = private_directory(site.runs / run)
         yield directory
         # Those above as well: who made this one may have been killed before they were on the disk.

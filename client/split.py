@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import hmac
+import itertools
+from functools import lru_cache
 
 from client.site import Site, Split
 from common import keys
@@ -44,9 +47,12 @@ def part_of(patient: bytes, *, split: Split) -> str:
     'train'
     """
     position = (int.from_bytes(patient[:8], "big") >> 11) / 2**53
-    end = 0.0
-    for name in split.parts[:-1]:
-        end += getattr(split, name)
-        if position < end:
-            return name
-    return split.parts[-1]
+    names, ends = _ends(split)
+    return names[bisect.bisect_right(ends, position)]
+
+
+@lru_cache(maxsize=64)
+def _ends(split: Split) -> tuple[tuple[str, ...], tuple[float, ...]]:
+    """Returns the parts, and where each but the last, which has the rest, ends."""
+    fractions = [getattr(split, name) for name in split.parts[:-1]]
+    return split.parts, tuple(itertools.accumulate(fractions))

@@ -52,11 +52,14 @@ def record(
         StateError: the file is damaged; it is left as it is.
     """
     path = directory / FILE
-    before = _read(path) if path.exists() else None
-    known = set() if before is None else set(_keys(before))
     keys = [_key(one, part, cohort_version, plan_hash) for one in cases]
+    if not path.exists():
+        files.write_private(path, content=_content(None, keys))
+        return
+    before = _read(path)
+    known = set(_keys(before))
     new = [key for key in keys if key not in known]
-    if new or before is None:
+    if new:
         files.write_private(path, content=_content(before, new))
 
 

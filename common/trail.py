@@ -10,7 +10,6 @@ hash of the half.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -23,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from common import schema
+from common import durable, schema
 from common.chain import GENESIS
 
 logger = logging.getLogger("feverfew.trail")
@@ -76,13 +75,9 @@ class Trail:
         Raises:
             SchemaError: a newer Feverfew has begun it.
         """
-        descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with durable.locked(self._path) as descriptor:
             schema.require(_schema(descriptor), newest=SCHEMA, what=f"the trail {self._path}")
             yield descriptor
-        finally:
-            os.close(descriptor)
 
     def events(self) -> Iterator[dict[str, Any]]:
         """Yields what was recorded so far."""

@@ -133,7 +133,7 @@ class LandmarkRound(Rounds):
         ttl = self._plan.reply_deadline_seconds + self._plan.grace_seconds
         return [
             Message(record, dst_node_id=node, message_type=exchange.LANDMARKS, ttl=ttl, group_id="1")
-            for node in self._roster.nodes("train")
+            for node in self._roster.nodes("train").values()
         ]
 
     def _histograms(self, messages: list[Message]) -> dict[str, Floats]:

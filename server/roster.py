@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import numpy as np
@@ -37,6 +37,7 @@ class Roster:
         self._trail = trail
         self._heads = heads
         self._names: dict[int, str] = {}
+        self._reached: dict[str, int] = {}  # by name: the node that is asked
         self._attempts: Counter[int] = Counter()
         self._asked = time.monotonic()
         self._ask_again = 0.0
@@ -74,10 +75,9 @@ class Roster:
         key was renewed: it is the same site.
         """
         online = self._nodes()
-        for node, name in online.items():
-            if name in self.sites:
-                self._names.pop(node, None)
-                self._names[node] = name  # the last of a name is the one that is asked
+        known = {node: name for node, name in online.items() if name in self.sites}
+        self._names |= known
+        self._reached |= {name: node for node, name in known.items()}
         newcomers = {node: name for node, name in online.items() if self._is_to_ask(node)}
         if not newcomers:
             return
@@ -124,14 +124,11 @@ class Roster:
         known = self._mailbox.addresses.name(node)
         return self._names.get(node, known if known in self.sites else f"node {node}")
 
-    def nodes(self, purpose: str) -> Sequence[int]:
-        """Returns the nodes to ask, by site name: "train", the part to evaluate, or "deliver"."""
-        chosen = {
-            name: node
-            for node, name in self._names.items()
-            if name in self.sites and _takes(self.sites[name], purpose)
+    def nodes(self, purpose: str) -> dict[str, int]:
+        """Returns the nodes to ask, in the order of site names: "train", a part to evaluate, or "deliver"."""
+        return {
+            name: self._reached[name] for name in sorted(self._reached) if _takes(self.sites[name], purpose)
         }
-        return [chosen[name] for name in sorted(chosen)]
 
     def _admit(self, node: int, *, enrolled: str, reply: Message | None) -> None:
         is_answer = reply is not None and not reply.has_error()
@@ -144,7 +141,7 @@ class Roster:
             prepared = exchange.read_prepared(reply.content)
             if enrolled and prepared.site != enrolled:
                 raise InvalidReply("other_name")
-            if prepared.site in self._names.values() and self._names.get(node) != prepared.site:
+            if prepared.site in self._reached and self._names.get(node) != prepared.site:
                 raise InvalidReply("second_node")
             if prepared.status == "approved":
                 self._require_reachable(prepared)
@@ -152,7 +149,7 @@ class Roster:
             self._trail.record("site_rejected", site=enrolled or f"node {node}", code=problem.code)
             return
         self._heads.keep(prepared.site, head)
-        self._names[node] = prepared.site
+        self._reach(node, prepared.site)
         self._attempts[node] = 0
         former = self.sites.get(prepared.site)
         self.sites[prepared.site] = prepared
@@ -160,6 +157,13 @@ class Roster:
             self._trail.record(
                 "site_prepared", site=prepared.site, status=prepared.status, reason=prepared.reason
             )
+
+    def _reach(self, node: int, name: str) -> None:
+        former = self._names.get(node, name)
+        if former != name and self._reached.get(former) == node:
+            del self._reached[former]
+        self._names[node] = name
+        self._reached[name] = node
 
     def _require_reachable(self, site: Prepared) -> None:
         """The noise of a site is computed here from its public number, so there must be one."""

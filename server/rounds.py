@@ -119,13 +119,12 @@ class Rounds:
         nodes = self._roster.nodes(purpose)
         count, state = self._plan.sites_per_round, self.state
         if purpose != "train" or count is None:
-            return nodes
-        names = {self._roster.name(node): node for node in nodes}
+            return list(nodes.values())
         found = draw(
-            names, turns=state.turns, count=count, key=state.turns_key, server_round=state.server_round + 1
+            nodes, turns=state.turns, count=count, key=state.turns_key, server_round=state.server_round + 1
         )
         self.state = replace(state, turns=dict(found.turns))
-        return [names[name] for name in found.names]
+        return [nodes[name] for name in found.names]
 
     def _round(self, server_round: int) -> None:
         start = time.monotonic()
@@ -283,7 +282,7 @@ class Rounds:
         ttl = self._plan.reply_deadline_seconds + self._plan.grace_seconds
         messages = [
             Message(record, dst_node_id=node, message_type=exchange.DELIVER, ttl=ttl, group_id="deliver")
-            for node in self._roster.nodes("deliver")
+            for node in self._roster.nodes("deliver").values()
         ]
         for node, reply in self._mailbox.ask(messages, deadline_seconds=self._plan.reply_deadline_seconds):
             try:

@@ -45,8 +45,13 @@ def draw(
     """
     latest = max((turns[name] for name in names if name in turns), default=0)
     waiting = {name: max(turns.get(name, 0), latest - 1) for name in names}
-    ordered = sorted(names, key=lambda name: (waiting[name], _rank(name, key=key, server_round=server_round)))
-    chosen = sorted(ordered[:count])
+    chosen: list[str] = []
+    for turn in sorted(set(waiting.values())):
+        if len(chosen) < count:  # only those are ranked among whom is drawn
+            here = [name for name in names if waiting[name] == turn]
+            here.sort(key=lambda name: _rank(name, key=key, server_round=server_round))
+            chosen += here[: count - len(chosen)]
+    chosen.sort()
     return Drawn(names=tuple(chosen), turns={**turns, **{name: waiting[name] + 1 for name in chosen}})
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +14,8 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from client import frozen, tally
-from client.approval import plans_path
-from client.release import claim_path, head_path, open_ledger
+from client.release import open_ledger
 from client.site import Site, open_site
-from client.trail import head_path as trail_head_path
 from common import durable, measure
 from common.calibration import require_reachable
 from common.dice import DiceScores
@@ -35,6 +29,7 @@ from server.progress import Progress
 from server.report import Report
 from server.summary import summary_table
 from simulations import engine
+from simulations.forgotten import forgotten
 from simulations.settings import Settings, require_resumable
 from simulations.watch import Watch
 from simulations.workers import Workers
@@ -87,28 +82,6 @@ def simulate(
         report = completed(Report.read(directory), opened, run=run)
     report.write(directory)
     return report
-
-
-@contextmanager
-def forgotten(sites: Sequence[Site], *, heads: Path) -> Iterator[None]:
-    """Takes away what sites and coordinator know of earlier runs, so that the sites' ledgers begin anew.
-
-    It is put aside at once and deleted meanwhile, since that takes long where there are many sites; what is
-    left of it at the end of a process that was killed goes the next time.
-    """
-    known = [heads]
-    for site in sites:
-        known += [site.state, site.runs, plans_path(site)]
-        known += [head_path(site), claim_path(site), trail_head_path(site)]
-    place = heads.with_name(".forgotten")
-    place.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=place))
-    for number, path in enumerate(known):
-        with contextlib.suppress(FileNotFoundError):
-            path.rename(aside / str(number))
-    with ThreadPoolExecutor(1) as deleting:
-        deleting.submit(shutil.rmtree, place, ignore_errors=True)
-        yield
 
 
 def _require_usable(site: Site, plan: Plan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,3 +34,12 @@ def test_who_says_so_waits_for_no_disk_and_only_there(
         assert durable.synchronous() == "OFF"
     durable.write(tmp_path / "b", b"content")
     assert len(waited) == 2 and durable.synchronous() == "FULL"
+
+
+def test_a_locked_file_keeps_others_out_until_it_is_let_go(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with durable.locked(path), path.open("ab") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert path.stat().st_mode & 0o777 == 0o600
+    with path.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)

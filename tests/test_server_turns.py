@@ -16,7 +16,7 @@ from common.calibration import mechanism
 from common.errors import ConfigError
 from common.trail import read
 from server import checkpoint
-from server.turns import draw, key_of
+from server.turns import _rank, draw, key_of
 from tests.plans import plan
 from tests.test_server_rounds import run, site, tiny_plan
 
@@ -140,3 +140,19 @@ def test_epsilon_is_that_of_a_site_that_is_asked_in_every_round() -> None:
     some, every = plan(sites=9, sites_per_round=2), plan(sites=9)
     assert mechanism(some, nominal_patients=200) == mechanism(every, nominal_patients=200)
     assert some.num_steps == every.num_steps
+
+
+@given(
+    turns=st.dictionaries(st.sampled_from(list("abcdefghijkl")), st.integers(0, 3)), count=st.integers(1, 13)
+)
+def test_the_draw_is_the_beginning_of_all_sites_in_order_of_turns_and_then_of_rank(
+    turns: dict[str, int], count: int
+) -> None:
+    names = list("abcdefgh")
+    latest = max((turns[name] for name in names if name in turns), default=0)
+
+    def place(name: str) -> tuple[int, bytes]:
+        return max(turns.get(name, 0), latest - 1), _rank(name, key="k", server_round=3)
+
+    found = draw(names, turns=turns, count=count, key="k", server_round=3)
+    assert found.names == tuple(sorted(sorted(names, key=place)[:count]))

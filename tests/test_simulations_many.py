@@ -23,6 +23,7 @@ from common import durable, flower
 from common.trail import read
 from server.report import Report
 from simulations import engine, runtime
+from simulations.forgotten import forgotten
 from simulations.settings import Engine, Experiment, Settings
 from simulations.simulation import simulate
 from simulations.workers import Workers
@@ -267,7 +268,26 @@ def test_a_private_run_begins_anew_on_sites_that_had_one(tmp_path: Path) -> None
     ]
     spent = [report.privacy.per_site["a"].total_epsilon for report in reports]
     assert spent[0] and spent[0] == spent[1], "the second ledger does not go on from the first"
-    assert not any((tmp_path / "sites" / ".forgotten").glob("*"))
+
+
+def test_what_earlier_runs_left_stays_while_it_takes_little_and_the_oldest_goes_first(
+    sites: list[Path], tmp_path: Path
+) -> None:
+    """A file deleted is a slow file made, on some disks; so not every run deletes."""
+    site, heads = open_site(sites[0]), tmp_path / ".heads"
+
+    def put_aside(content: bytes, *, most_bytes: int) -> list[bytes]:
+        site.state.mkdir(exist_ok=True)
+        (site.state / "events.jsonl").write_bytes(content)
+        with forgotten([site], heads=heads, most_bytes=most_bytes):
+            assert not site.state.exists()
+        return sorted(path.read_bytes() for path in (tmp_path / ".forgotten").rglob("events.jsonl"))
+
+    assert put_aside(b"1", most_bytes=10**6) == [b"1"]
+    assert put_aside(b"2" * 500_000, most_bytes=10**6) == [b"1", b"2" * 500_000]
+    assert put_aside(b"3" * 400_000, most_bytes=10**6)[-2:] == [b"2" * 500_000, b"3" * 400_000]
+    assert put_aside(b"4" * 200_000, most_bytes=10**6) == [b"3" * 400_000, b"4" * 200_000]
+    assert put_aside(b"5", most_bytes=0) == []
 
 
 @pytest.mark.parametrize(("state", "is_durable"), [("empty", False), ("keep", True)])
