@@ -14,8 +14,9 @@ import gc
 import os
 import signal
 import sys
-from multiprocessing import forkserver
 from typing import Final
+
+from client.preloading import USUAL, is_fork_server
 
 _WAIT: Final = "import os, sys; os.waitpid(int(sys.argv[1]), 0)"
 
@@ -29,11 +30,8 @@ def go_on_as_a_child() -> None:
     os.execv(sys.executable, [sys.executable, "-I", "-S", "-c", _WAIT, str(child)])
 
 
-def _is_fork_server() -> bool:
-    return getattr(sys.modules["__main__"], "main", None) is forkserver.main
-
-
-if _is_fork_server():
+if is_fork_server():
     gc.collect()
     gc.freeze()
+    gc.set_threshold(*USUAL)
     go_on_as_a_child()

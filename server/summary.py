@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Final
+
 from rich.table import Table
 from rich.text import Text
 
 from server import page
 from server.report import Report
 
+MOST_ROWS: Final = 50
+"""More than a person reads on a terminal, and rich takes half a second for a thousand."""
+
 
 def summary_table(report: Report) -> Table:
     """Returns one row per site: cases used where known, AUROC or Dice, epsilon of budget, rounds.
 
-    Where landmarks were asked for there is no model, and nothing is said of it.
+    Of very many sites only the first are shown. Where landmarks were asked for there is no model, and nothing
+    is said of it.
     """
     table = Table(
         title=Text(f"{report.study}: {page.STATUS_WORDS[report.status].lower()}"), caption=_caption(report)
@@ -22,8 +29,10 @@ def summary_table(report: Report) -> Table:
     measures = () if report.asks_for_landmarks else (report.headline.name, "95 % interval")
     for name in ("cases", *measures, _epsilon_heading(report), "rounds"):
         table.add_column(name, justify="right", no_wrap=True)
-    for site in report.participation:
+    for site in itertools.islice(report.participation, MOST_ROWS):
         table.add_row(*(Text(cell) for cell in _row(report, site)))
+    if len(report.participation) > MOST_ROWS:
+        table.add_row(f"and {len(report.participation) - MOST_ROWS} more")
     return table
 
 

@@ -57,7 +57,7 @@ class Carrier:
     def prepare(self, plan: Plan) -> None:
         """Lets what runs of such plans need be imported while this process does something else."""
         private = () if isinstance(plan.privacy, NoPrivacy) else ("client.clipping",)
-        forkserver(preload=[*_SHARED, *private, "client.preloaded"])
+        forkserver(preload=["client.preloading", *_SHARED, *private, "client.preloaded"])
         server.ensure_running()
 
     def run(

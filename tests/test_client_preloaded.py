@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 SCRIPT = """
-import json, multiprocessing, os, signal, sys
+import gc, json, multiprocessing, os, signal, sys
 from multiprocessing import forkserver as server
 from client.memory import forkserver
 
@@ -22,8 +23,9 @@ def file_kilobytes(pid):
     return int(rollup["Pss_File"].split()[0])
 
 def forked(pipe):
-    known = "torch" in sys.modules
-    pipe.send_bytes(json.dumps({"server": os.getppid(), "self": os.getpid(), "known": known}).encode())
+    told = {"known": "torch" in sys.modules}
+    told |= {"thresholds": gc.get_threshold(), "frozen": gc.get_freeze_count()}
+    pipe.send_bytes(json.dumps({"server": os.getppid(), "self": os.getpid(), **told}).encode())
     pipe.recv_bytes()
 
 if __name__ == "__main__":
@@ -88,11 +90,19 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def test_to_import_it_elsewhere_does_nothing() -> None:
+@linux
+def test_nobody_looks_for_old_garbage_while_others_are_imported_and_all_do_afterwards(tmp_path: Path) -> None:
+    for one in run(tmp_path, "client.preloading"):
+        assert one["thresholds"][:2] == list(gc.get_threshold()[:2]) and one["thresholds"][2] > 10**6
+    for one in run(tmp_path, "client.preloading", "json", "client.preloaded"):
+        assert one["thresholds"] == list(gc.get_threshold()) and one["frozen"] > 1000
+
+
+def test_to_import_them_elsewhere_does_nothing() -> None:
     code = (
-        "import gc, os; before = os.getpid(); import client.preloaded; "
-        "print(os.getpid() == before, gc.get_freeze_count())"
+        "import gc, os; before = os.getpid(); import client.preloading, client.preloaded; "
+        "print(os.getpid() == before, gc.get_freeze_count(), gc.get_threshold()[2])"
     )
     place = Path(__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=place)
-    assert done.stdout == "True 0\n"
+    assert done.stdout == f"True 0 {gc.get_threshold()[2]}\n"

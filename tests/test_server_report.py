@@ -28,7 +28,7 @@ from server.report import (
     Versions,
 )
 from server.result import Result, SiteResult
-from server.summary import summary_table
+from server.summary import MOST_ROWS, summary_table
 
 NAMES = ["aspen", "birch", "cedar", "elder", "hazel", "juniper"]
 STARTED = datetime(2026, 3, 2, 9, 30, tzinfo=UTC)
@@ -516,6 +516,17 @@ def test_closing_table_has_cases_auroc_and_epsilon_of_budget(simulated):
     assert "405" in row and "3.28 of 4.00" in row
     assert page.number(simulated.final.per_site["birch"].auroc) in row
     assert "epsilon of budget" in screen.getvalue()
+
+
+def test_closing_table_of_very_many_sites_shows_the_first_and_says_how_many_there_are_more():
+    names = [f"site-{number:03}" for number in range(MOST_ROWS + 7)]
+    screen = io.StringIO()
+    Console(file=screen, width=120).print(summary_table(example(names=names, rounds=4)))
+    shown = [name for name in names if name in screen.getvalue()]
+    assert shown == names[:MOST_ROWS] and "and 7 more" in screen.getvalue()
+    screen = io.StringIO()
+    Console(file=screen, width=120).print(summary_table(example(names=names[:MOST_ROWS], rounds=4)))
+    assert names[MOST_ROWS - 1] in screen.getvalue() and "more" not in screen.getvalue()
 
 
 def test_closing_table_does_not_take_a_name_for_markup():
