@@ -320,6 +320,7 @@ class PlainGradient:
         self, network: nn.Module, *, expected_batch: int, compute: torch.dtype | None = None
     ) -> None:
         self._network = network
+        self._parameters = list(network.parameters())
         self._compute = compute
         self._memory_format = memory_format(network, compute)
         self._expected_batch = expected_batch
@@ -333,7 +334,7 @@ class PlainGradient:
         return float(losses.detach().double().sum())
 
     def finish(self) -> float:
-        for parameter in self._network.parameters():
+        for parameter in self._parameters:
             if parameter.grad is None:  # nobody was sampled
                 parameter.grad = torch.zeros_like(parameter)
         return 0.0

@@ -202,8 +202,9 @@ def set_identity(run_id: int, *, node_id: int) -> None:
 
 def assign_id(message: Message) -> str:
     """Gives a message its id, the hash of its content, which replies to it will carry; returns it."""
-    message.metadata.__dict__["_message_id"] = message.object_id
-    return str(message.object_id)
+    message_id = str(message.object_id)  # computed whenever it is asked for
+    message.metadata.__dict__["_message_id"] = message_id
+    return message_id
 
 
 def round_of(message: Message) -> int:

@@ -70,6 +70,8 @@ class QuickFlatten(nn.Flatten):
     """
 
     def forward(self, images: Tensor) -> Tensor:
+        if memory_format(images) == torch.contiguous_format:
+            return super().forward(images)
         flat: Tensor = _Flattening.apply(images)  # type: ignore[no-untyped-call]
         return flat
 

@@ -34,8 +34,10 @@ class Heads:
 
     def keep(self, site: str, head: Head | None) -> None:
         """Keeps what a site sent, if it is later than what is kept."""
+        if head is None:
+            return
         known = self.of(site)
-        if head is None or (known is not None and known.number >= head.number):
+        if known is not None and known.number >= head.number:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
         durable.write(self._path(site), json.dumps(asdict(head)).encode())

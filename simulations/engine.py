@@ -99,25 +99,26 @@ class LocalGrid(Grid):  # type: ignore[misc]
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Queues messages and starts what can be started; returns their ids."""
         ids = []
-        for message in messages:
-            ids.append(flower.assign_id(message))
-            node = message.metadata.dst_node_id
-            self._queues[(node - 2) % len(self._workers)].append(message)
+        with flower.no_object_id_recompute():  # the tasks of a round have one content
+            for message in messages:
+                ids.append(flower.assign_id(message))
+                node = message.metadata.dst_node_id
+                self._queues[(node - 2) % len(self._workers)].append(message)
         self._start_idle()
         return ids
 
     def arrived(self, message_ids: Iterable[str], *, seconds: float) -> list[str]:
         """Returns which of these messages have a reply; waits at most so long for a first one."""
         wanted = set(message_ids)
-        self._collect(0.0)
-        if wanted.isdisjoint(self._replies):
-            self._collect(seconds)
+        self._collect(seconds if wanted.isdisjoint(self._replies) else 0.0)
         return [message_id for message_id in self._replies if message_id in wanted]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Returns the replies that are there."""
-        self._collect(0.0)
-        return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
+        wanted = list(message_ids)
+        if not self._replies.keys() >= set(wanted):
+            self._collect(0.0)
+        return [self._replies.pop(message_id) for message_id in wanted if message_id in self._replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
