@@ -92,17 +92,20 @@ class BookKeeping:
 
     def _forward_of(self, layer: nn.Module) -> Callable[..., Tensor]:
         kind: Any = type(layer)
+        parameters = list(layer.parameters(recurse=False))
         for known, forward in FORWARDS.items():
             if issubclass(kind, known) and kind.forward is known.forward:
-                return partial(self._run, forward, layer)
+                return partial(self._run, forward, layer, parameters)
         if list(layer.children()):
             raise NotSupported(f"{kind.__name__} has parameters of its own beside those of its layers")
-        return partial(self._run, other, layer)
+        return partial(self._run, other, layer, parameters)
 
-    def _run(self, forward: Callable[..., Tensor], layer: nn.Module, *inputs: Any) -> Tensor:
+    def _run(
+        self, forward: Callable[..., Tensor], layer: nn.Module, parameters: list[nn.Parameter], *inputs: Any
+    ) -> Tensor:
         book = self._book
         if book is None or not torch.is_grad_enabled():
             plain: Tensor = type(layer).forward(layer, *inputs)
             return plain
-        book.uses.update(layer.parameters(recurse=False))
+        book.uses.update(parameters)
         return forward(layer, book, *inputs)

@@ -70,15 +70,20 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         The noise is drawn in pieces and added in place: all of it at once is as large as the network.
         """
         std = np.float32(self.noise_multiplier * self.max_grad_norm / self.expected_batch_size)
-        for parameter in self.params:
-            summed, parameter.summed_grad = parameter.summed_grad, None
-            parameter.grad = torch.zeros_like(parameter) if summed is None else summed.view_as(parameter)
-        for piece in pieces([parameter.grad.view(-1).numpy() for parameter in self.params]):
+        flat = [self._taken(parameter) for parameter in self.params]
+        for parameter, summed in zip(self.params, flat, strict=True):
+            parameter.grad = summed.view_as(parameter)
+        for piece in pieces([summed.numpy() for summed in flat]):
             noise = self._noise.standard_normal((sum(map(len, piece)),), dtype=np.float32)
             noise *= std
             for part in piece:  # by numpy: with few numbers, torch's addition takes four times as long
                 part += noise[: len(part)]
                 noise = noise[len(part) :]
+
+    def _taken(self, parameter: Any) -> torch.Tensor:
+        """Returns the sum that a parameter has, flat, and takes it from there."""
+        summed, parameter.summed_grad = parameter.summed_grad, None
+        return torch.zeros(parameter.numel(), dtype=parameter.dtype) if summed is None else summed
 
     def scale_grad(self) -> None:
         """Does nothing: all that was added is divided already."""

@@ -19,6 +19,9 @@ GRAM_COST = 2.0
 ROUNDING = 4.0
 """In units of the last place: a sum of products is not longer than its norm says by more than rounding."""
 
+LARGE = 1 << 20
+"""Numbers of a matrix times the positions of a case, from which a product over all cases is faster as the
+gradient of a convolution, which shares the work out better among threads."""
 SHORT = 4096
 """Numbers of a row, up to which those of all parameters are done together: a call costs more than they."""
 
@@ -53,11 +56,10 @@ class Rows:
         return self.values
 
     def squared_norms(self) -> Tensor:
-        norms: Tensor = torch.linalg.vector_norm(self.values.reshape(len(self.values), -1), dim=1)
-        return norms.square()
+        return _lengths(self.values).square()
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        return (weights @ self.values.reshape(len(self.values), -1)).view(self.values.shape[1:])
+        return (weights @ _flat(self.values)).view(self.values.shape[1:])
 
     def without(self, patients: Tensor) -> Rows:
         kept = ~patients.reshape(-1, *[1] * (self.values.dim() - 1))
@@ -114,8 +116,16 @@ class Products:
         scaled = self.left * (weights[self.owners] * self.shares)[:, None, None]
         if self.left.shape[2] == 1:  # contiguous: the product takes half the time
             return (scaled[:, :, 0].T.contiguous() @ self.right[:, :, 0]).view(self.shape)
+        if self._is_convolved:
+            return _by_convolution(scaled, self.right).view(self.shape)
         together = scaled.transpose(0, 1).flatten(1)  # (rows, cases x positions)
         return (together @ self.right.transpose(0, 1).flatten(1).T).view(self.shape)
+
+    @property
+    def _is_convolved(self) -> bool:
+        are_images = self.left.is_contiguous() and self.right.is_contiguous()  # unlike sequences
+        is_large = self.shape.numel() * self.left.shape[2] >= LARGE
+        return are_images and is_large and self.left.dtype == torch.float32
 
     def without(self, patients: Tensor) -> Products:
         kept = ~patients[self.owners][:, None, None]
@@ -208,6 +218,19 @@ class Patches:
         )
 
 
+def _by_convolution(left: Tensor, right: Tensor) -> Tensor:
+    """Returns the sum over cases of products, as the gradient of the weights of a pointwise convolution.
+
+    left: (cases, rows, positions); right: (cases, columns, positions).
+    """
+    weight = left.new_empty(left.shape[1], right.shape[1], 1, 1)  # its values are not read
+    settings = ((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+    summed: Tensor = torch.ops.aten.convolution_backward(
+        left[..., None], right[..., None], weight, None, *settings, [False, True, False]
+    )[1]
+    return summed.contiguous()
+
+
 def _by_patient(
     left: Tensor, right: Tensor, *, of: Products | Patches
 ) -> Iterator[tuple[Any, Tensor, Tensor]]:
@@ -229,8 +252,13 @@ def _by_patient(
 
 def _lengths(values: Tensor) -> Tensor:
     """(patients, ...) -> (patients,)"""
-    lengths: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(_flat(values), dim=1)
     return lengths
+
+
+def _flat(values: Tensor) -> Tensor:
+    """(patients, ...) -> (patients, numbers)"""
+    return values.reshape(values.shape[0], -1)  # len() of a tensor is slow
 
 
 def _gram(values: Tensor) -> Tensor:
@@ -261,11 +289,12 @@ def smaller(products: Products) -> Contribution:
 def _is_short(contribution: Contribution) -> TypeGuard[Rows]:
     if not isinstance(contribution, Rows):
         return False
-    return contribution.values.numel() <= SHORT * len(contribution.values)
+    values = contribution.values
+    return values.numel() <= SHORT * values.shape[0]
 
 
 def _side_by_side(rows: list[Rows]) -> Tensor:
-    return torch.cat([one.values.reshape(len(one.values), -1) for one in rows], dim=1)
+    return torch.cat([_flat(one.values) for one in rows], dim=1)
 
 
 def weighted_sums(contributions: list[Contribution], weights: Tensor) -> list[Tensor]:
@@ -274,7 +303,7 @@ def weighted_sums(contributions: list[Contribution], weights: Tensor) -> list[Te
     found: dict[int, Tensor] = {}
     if short:
         summed = weights @ _side_by_side(list(short.values()))
-        sizes = [one.values[0].numel() for one in short.values()]
+        sizes = [one.values.shape[1:].numel() for one in short.values()]
         found = dict(zip(short, torch.split(summed, sizes), strict=True))
     for place in reversed(range(len(contributions))):
         one = contributions.pop()

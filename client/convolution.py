@@ -17,6 +17,9 @@ from common.layout import memory_format
 
 FEW_POSITIONS: Final = 64
 """Up to here a product of matrices is faster than a convolution of one pixel's size."""
+SHARED_POSITIONS: Final = 16
+"""From here several threads are better used by a convolution, in float32: a second one hardly hastens a
+product of matrices of these sizes."""
 FEW_PRODUCTS: Final = 16
 """Up to here the patches of a convolution are small beside the gradients of its weights."""
 FEW_CHANNELS: Final = {False: 8, True: 16}
@@ -47,8 +50,11 @@ class _Pointwise(Function):
         ctx.layer, ctx.book = layer, book
         inputs, weight = book.cast(inputs), book.cast(weight)
         ctx.save_for_backward(inputs, weight)
-        columns = weight.flatten(1) @ _columns(inputs)
         bias = book.bias(layer)
+        ctx.is_shared = _is_better_shared(inputs)
+        if ctx.is_shared:
+            return torch.convolution(inputs, weight, bias, *_settings(layer))
+        columns = weight.flatten(1) @ _columns(inputs)
         if bias is not None:
             columns += bias[:, None]
         return _from_columns(columns, like=inputs)
@@ -63,9 +69,23 @@ class _Pointwise(Function):
         if layer.bias is not None:
             book.add(layer.bias, book.mean(left.sum(dim=2)))
         of_inputs = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2] and ctx.is_shared:
+            of_inputs = _of_inputs(outer, inputs, weight, settings=_settings(layer))
+        elif ctx.needs_input_grad[2]:
             of_inputs = _from_columns(weight.flatten(1).T @ _columns(outer), like=outer)
         return None, None, of_inputs, None
+
+
+def _is_better_shared(inputs: Tensor) -> bool:
+    """Says whether several threads work on a pointwise layer, and are better used by a convolution."""
+    is_shared = inputs.dtype == torch.float32 and torch.get_num_threads() > 1
+    return is_shared and inputs[0, 0].numel() >= SHARED_POSITIONS
+
+
+def _settings(layer: Any, *, padding: tuple[int, ...] | None = None) -> tuple[Any, ...]:
+    """Returns what torch's functions of convolutions take after the bias."""
+    around = (0,) * len(layer.kernel_size) if padding is None else padding
+    return (layer.stride, around, layer.dilation, layer.transposed, layer.output_padding, layer.groups)
 
 
 def _columns(values: Tensor) -> Tensor:
@@ -83,10 +103,7 @@ class _Convolution(Function):
         ctx: Any, layer: Any, book: Book, inputs: Tensor, weight: Tensor, padding: tuple[int, ...]
     ) -> Tensor:
         ctx.layer, ctx.book = layer, book
-        ctx.settings = (
-            *(layer.stride, padding, layer.dilation, layer.transposed),
-            *(layer.output_padding, layer.groups),
-        )
+        ctx.settings = _settings(layer, padding=padding)
         inputs, weight = book.cast(inputs), book.cast(weight)
         ctx.save_for_backward(inputs, weight)
         return torch.convolution(inputs, weight, book.bias(layer), *ctx.settings)
@@ -102,10 +119,15 @@ class _Convolution(Function):
             _note_one_by_one(ctx.layer, ctx.book, outer, inputs, settings=ctx.settings)
         of_inputs = None
         if ctx.needs_input_grad[2]:
-            of_inputs = torch.ops.aten.convolution_backward(
-                outer, inputs, weight, None, *ctx.settings, [True, False, False]
-            )[0]
+            of_inputs = _of_inputs(outer, inputs, weight, settings=ctx.settings)
         return None, None, of_inputs, None, None
+
+
+def _of_inputs(outer: Tensor, inputs: Tensor, weight: Tensor, *, settings: Any) -> Tensor:
+    found: Tensor = torch.ops.aten.convolution_backward(
+        outer, inputs, weight, None, *settings, [True, False, False]
+    )[0]
+    return found
 
 
 def _has_few_products(layer: Any, outer: Tensor) -> bool:

@@ -71,15 +71,13 @@ class _GroupNorm(Function):
         # One case whose channels are those of all cases is normalised in the same way: so torch sums over
         # the pixels of each channel of each case, and not over cases.
         of_inputs, weights, biases = torch.ops.aten.native_group_norm_backward(
-            outer.view(1, -1, *outer.shape[2:]),
-            inputs.view(1, -1, *inputs.shape[2:]),
-            *(mean.view(1, -1), deviation.view(1, -1), weight.repeat(cases)),
+            *(outer, inputs, mean, deviation, torch.cat([weight] * cases)),
             *(1, cases * channels, pixels, cases * groups),
             [ctx.needs_input_grad[2], True, True],
         )
         ctx.book.add(ctx.layer.weight, ctx.book.mean(weights.view(cases, channels)))
         ctx.book.add(ctx.layer.bias, ctx.book.mean(biases.view(cases, channels)))
-        return None, None, None if of_inputs is None else of_inputs.view_as(outer), None, None
+        return None, None, of_inputs, None, None
 
 
 class _LayerNorm(Function):
