@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from client.product import product
+
 GRAM_COST = 2.0
 """Of a number of two Gram matrices, which are in double precision, over that of one of the gradients."""
 ROUNDING = 4.0
@@ -115,7 +117,7 @@ class Products:
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scaled = self.left * (weights[self.owners] * self.shares)[:, None, None]
         if self.left.shape[2] == 1:  # contiguous: the product takes half the time
-            return (scaled[:, :, 0].T.contiguous() @ self.right[:, :, 0]).view(self.shape)
+            return product(scaled[:, :, 0].T.contiguous(), self.right[:, :, 0]).view(self.shape)
         if self._is_convolved:
             return _by_convolution(scaled, self.right).view(self.shape)
         together = scaled.transpose(0, 1).flatten(1)  # (rows, cases x positions)

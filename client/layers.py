@@ -21,6 +21,7 @@ from torch.nn import functional
 from client.book import Book, applied
 from client.contribution import Rows, smaller
 from client.convolution import convolution, transposed
+from client.product import product
 
 _CONVOLUTIONS: Final = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED: Final = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -46,7 +47,10 @@ class _Linear(Function):
         book.add(layer.weight, smaller(book.products(left, right, shape=weight.shape)))
         if layer.bias is not None:
             book.add(layer.bias, book.mean(left.sum(dim=2)))
-        return None, None, outer @ weight if ctx.needs_input_grad[2] else None, None
+        of_inputs = None
+        if ctx.needs_input_grad[2]:
+            of_inputs = product(outer, weight) if outer.dim() == 2 else outer @ weight
+        return None, None, of_inputs, None
 
 
 class _GroupNorm(Function):
