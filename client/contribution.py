@@ -24,6 +24,8 @@ ROUNDING = 4.0
 LARGE = 1 << 20
 """Numbers of a matrix times the positions of a case, from which a product over all cases is faster as the
 gradient of a convolution, which shares the work out better among threads."""
+_POINTWISE = (1, 1), (0, 0), (1, 1)
+"""Stride, padding and dilation."""
 SHORT = 4096
 """Numbers of a row, up to which those of all parameters are done together: a call costs more than they."""
 
@@ -119,7 +121,9 @@ class Products:
         if self.left.shape[2] == 1:  # contiguous: the product takes half the time
             return product(scaled[:, :, 0].T.contiguous(), self.right[:, :, 0]).view(self.shape)
         if self._is_convolved:
-            return _by_convolution(scaled, self.right).view(self.shape)
+            sides = scaled[..., None], self.right[..., None]
+            shape = torch.Size((*(side.shape[1] for side in sides), 1, 1))
+            return _of_weights(*sides, geometry=_POINTWISE, shape=shape).view(self.shape)
         together = scaled.transpose(0, 1).flatten(1)  # (rows, cases x positions)
         return (together @ self.right.transpose(0, 1).flatten(1).T).view(self.shape)
 
@@ -201,11 +205,7 @@ class Patches:
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scaled = self.outer * (weights[self.owners] * self.shares)[:, None, None, None]
-        settings = (*self.geometry, False, (0, 0), 1)
-        summed: Tensor = torch.ops.aten.convolution_backward(
-            scaled, self.inputs, scaled.new_empty(self.shape), None, *settings, [False, True, False]
-        )[1]
-        return summed.contiguous()
+        return _of_weights(scaled, self.inputs, geometry=self.geometry, shape=self.shape)
 
     def without(self, patients: Tensor) -> Patches:
         kept = ~patients[self.owners][:, None, None, None]
@@ -220,15 +220,11 @@ class Patches:
         )
 
 
-def _by_convolution(left: Tensor, right: Tensor) -> Tensor:
-    """Returns the sum over cases of products, as the gradient of the weights of a pointwise convolution.
-
-    left: (cases, rows, positions); right: (cases, columns, positions).
-    """
-    weight = left.new_empty(left.shape[1], right.shape[1], 1, 1)  # its values are not read
-    settings = ((1, 1), (0, 0), (1, 1), False, (0, 0), 1)
+def _of_weights(outer: Tensor, inputs: Tensor, *, geometry: Any, shape: torch.Size) -> Tensor:
+    """Returns the gradient of a flat convolution's weights over all cases; geometry as of ``Patches``."""
+    weight = outer.new_empty(shape)  # its values are not read
     summed: Tensor = torch.ops.aten.convolution_backward(
-        left[..., None], right[..., None], weight, None, *settings, [False, True, False]
+        outer, inputs, weight, None, *geometry, False, (0, 0), 1, [False, True, False]
     )[1]
     return summed.contiguous()
 

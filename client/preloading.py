@@ -1,6 +1,6 @@
 """Imported first by a fork server: nobody looks for garbage in all that has been imported so far.
 
-There is hardly any, and to look at all of it again and again takes a fifth of the time; what was just made is
+There is hardly any, and to look at all of it again and again takes a sixth of the time; what was just made is
 looked at as ever. ``client/preloaded.py``, imported last, sets the usual thresholds.
 """
 

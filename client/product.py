@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 LARGE: Final = 1 << 24
-"""Multiplications, from which a convolution is not slower for one thread, and for two takes two thirds."""
+"""Multiplications, from which a convolution takes one thread as long, and two threads 60 to 90 % as long."""
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ them whenever a file is made. After a run of 1,000 sites a new file took 1 ms he
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -23,6 +24,8 @@ from client.release import claim_path, head_path
 from client.site import Site
 from client.trail import head_path as trail_head_path
 
+logger = logging.getLogger("feverfew.simulation")
+
 MOST_BYTES: Final = 2**31
 """On the disk, of all that is put aside."""
 _SIZE: Final = "bytes"
@@ -32,8 +35,8 @@ _SIZE: Final = "bytes"
 def forgotten(sites: Sequence[Site], *, heads: Path, most_bytes: int = MOST_BYTES) -> Iterator[None]:
     """Takes away what sites and coordinator know of earlier runs, so that the sites' ledgers begin anew.
 
-    What was put aside first is deleted meanwhile if there is more than ``most_bytes``; what is left of it at
-    the end of a process that was killed goes the next time.
+    What was put aside first is deleted meanwhile if there is more than ``most_bytes``. What could not be
+    deleted is said in the log, and looked at again the next time, as after a process that was killed.
     """
     known = [heads]
     for site in sites:
@@ -54,9 +57,12 @@ def shrink(place: Path, *, most_bytes: int) -> None:
     """Deletes what was put aside first, until the rest takes at most so many bytes."""
     taken = 0
     for aside in sorted(place.iterdir(), reverse=True):
-        taken += _size(aside)
-        if taken > most_bytes:
-            shutil.rmtree(aside, ignore_errors=True)
+        try:
+            taken += _size(aside)
+            if taken > most_bytes:
+                shutil.rmtree(aside)
+        except OSError as error:
+            logger.warning("%s, left by earlier runs, could not be deleted: %s", aside, error.strerror)
 
 
 def _size(aside: Path) -> int:

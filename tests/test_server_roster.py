@@ -16,6 +16,8 @@ from common.plan import Plan
 from common.trail import Trail, read
 from server.checkpoint import RunState
 from server.heads import Heads
+from server.mailbox import Mailbox
+from server.roster import Roster
 from server.rounds import Rounds
 from server.strategy import FedAvg
 from tests.grid import InlineGrid
@@ -111,3 +113,29 @@ def test_a_run_of_unregistered_sites_only_ends_at_once(tmp_path: Path) -> None:
     with pytest.raises(QuorumNotReached):
         rounds_over(grid, plan, tmp_path).run()
     assert time.monotonic() - begun < 10
+
+
+def test_a_node_that_takes_another_name_leaves_its_former_to_others(
+    tmp_path: Path,
+) -> None:
+    """A waiting site is asked again, and may be called otherwise by then."""
+    plan = tiny_plan(sites=3, rounds=1)
+    told: list[str] = []
+
+    def renamed(message: Message) -> Message | None:
+        told.append("c" if told else "b")
+        facts = {"status": "waiting", "reason": "not_approved"} if told == ["b"] else {}
+        return site(plan, told[-1], 0.5, **facts)(message)
+
+    grid = InlineGrid({"a": site(plan, "a", 0.5), "other": renamed})
+    grid.names = {OLD: "", 3: ""}
+    mailbox = Mailbox(grid)
+    trail = Trail(tmp_path / "events.jsonl")
+    roster = Roster(mailbox, plan=plan, run="r", trail=trail, heads=Heads(tmp_path / "heads"))
+    roster.admit_newcomers()
+    assert roster.waiting == ["b"] and roster.nodes("train") == {"a": OLD}
+    roster._ask_again = 0.0
+    grid.names[NEW], grid.behaviours[NEW] = "", site(plan, "b", 0.5)
+    roster.admit_newcomers()
+    assert roster.nodes("train") == {"a": OLD, "b": NEW, "c": 3}
+    assert not [event for event in read(tmp_path / "events.jsonl") if event["event"] == "site_rejected"]

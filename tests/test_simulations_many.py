@@ -4,6 +4,7 @@ and memory of those that are asked."""
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from common import durable, flower
 from common.trail import read
 from server.report import Report
 from simulations import engine, runtime
-from simulations.forgotten import forgotten
+from simulations.forgotten import forgotten, shrink
 from simulations.settings import Engine, Experiment, Settings
 from simulations.simulation import simulate
 from simulations.workers import Workers
@@ -288,6 +289,24 @@ def test_what_earlier_runs_left_stays_while_it_takes_little_and_the_oldest_goes_
     assert put_aside(b"3" * 400_000, most_bytes=10**6)[-2:] == [b"2" * 500_000, b"3" * 400_000]
     assert put_aside(b"4" * 200_000, most_bytes=10**6) == [b"3" * 400_000, b"4" * 200_000]
     assert put_aside(b"5", most_bytes=0) == []
+
+
+def test_what_cannot_be_deleted_of_earlier_runs_is_said_and_does_not_keep_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("1", "2"):
+        (tmp_path / name).mkdir()
+    delete = shutil.rmtree
+
+    def deleted(path: Path) -> None:
+        if path.name == "2":
+            raise PermissionError(13, "Permission denied")
+        delete(path)
+
+    monkeypatch.setattr(shutil, "rmtree", deleted)
+    shrink(tmp_path, most_bytes=-1)
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+    assert f"{tmp_path / '2'}, left by earlier runs, could not be deleted: Permission denied" in caplog.text
 
 
 @pytest.mark.parametrize(("state", "is_durable"), [("empty", False), ("keep", True)])
