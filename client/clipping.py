@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Literal, Protocol
 
-import numpy as np
 import torch
 from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from client.bookkeeping import BookKeeping, NotSupported
 from client.contribution import Contribution, clip_factors, weighted_sums
-from client.gaussian import CHUNK_PAIRS, Gaussian
+from client.gaussian import Gaussian
 from client.hooked import ExpandedWeights, Ghost, Hooks
 from client.training import Batch
-from common.model import FlatArray
 from common.plan import DpSgd
 
 logger = logging.getLogger("feverfew.worker")
-
-PIECE: Final = 4 * CHUNK_PAIRS
-"""Numbers of noise that are drawn at a time, 1 MiB; the bits are those of one draw."""
 
 Clipping = Literal["auto", "bookkeeping", "hooks", "ghost", "ew"]
 
@@ -66,19 +60,15 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
     def add_noise(self) -> None:
         """Writes the noised sum of clipped gradients, over the expected batch, to ``p.grad``; a sum of nobody
         is zero.
-
-        The noise is drawn in pieces and added in place: all of it at once is as large as the network.
         """
-        std = np.float32(self.noise_multiplier * self.max_grad_norm / self.expected_batch_size)
         flat = [self._taken(parameter) for parameter in self.params]
         for parameter, summed in zip(self.params, flat, strict=True):
             parameter.grad = summed.view_as(parameter)
-        for piece in pieces([summed.numpy() for summed in flat]):
-            noise = self._noise.standard_normal((sum(map(len, piece)),), dtype=np.float32)
-            noise *= std
-            for part in piece:  # by numpy: with few numbers, torch's addition takes four times as long
-                part += noise[: len(part)]
-                noise = noise[len(part) :]
+        self._noise.add_to(
+            [summed.numpy() for summed in flat],
+            std=self.noise_multiplier * self.max_grad_norm / self.expected_batch_size,
+            threads=torch.get_num_threads(),
+        )
 
     def _taken(self, parameter: Any) -> torch.Tensor:
         """Returns the sum that a parameter has, flat, and takes it from there."""
@@ -87,22 +77,6 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
 
     def scale_grad(self) -> None:
         """Does nothing: all that was added is divided already."""
-
-
-def pieces(arrays: Sequence[FlatArray]) -> Iterator[list[FlatArray]]:
-    """Yields the arrays in their order, cut so that each list has ``PIECE`` numbers, the last the rest."""
-    piece: list[FlatArray] = []
-    room = PIECE
-    for array in arrays:
-        while len(array):
-            piece.append(array[:room])
-            array = array[room:]
-            room -= len(piece[-1])
-            if not room:
-                yield piece
-                piece, room = [], PIECE
-    if piece:
-        yield piece
 
 
 def patient_gradients(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from client import processor
 from client.product import product
 
 GRAM_COST = 2.0
@@ -23,7 +24,7 @@ ROUNDING = 4.0
 
 LARGE = 1 << 20
 """Numbers of a matrix times the positions of a case, from which a product over all cases is faster as the
-gradient of a convolution, which shares the work out better among threads."""
+gradient of a convolution, where that shares the work out better among threads."""
 _POINTWISE = (1, 1), (0, 0), (1, 1)
 """Stride, padding and dilation."""
 SHORT = 4096
@@ -117,7 +118,7 @@ class Products:
         return _from_grams(_gram(left), _gram(right), dtype=left.dtype)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        scaled = self.left * (weights[self.owners] * self.shares)[:, None, None]
+        scaled = self.left * _by_case(weights, of=self)[:, None, None]
         if self.left.shape[2] == 1:  # contiguous: the product takes half the time
             return product(scaled[:, :, 0].T.contiguous(), self.right[:, :, 0]).view(self.shape)
         if self._is_convolved:
@@ -131,7 +132,8 @@ class Products:
     def _is_convolved(self) -> bool:
         are_images = self.left.is_contiguous() and self.right.is_contiguous()  # unlike sequences
         is_large = self.shape.numel() * self.left.shape[2] >= LARGE
-        return are_images and is_large and self.left.dtype == torch.float32
+        is_better = is_large and not processor.shares_out_products()
+        return are_images and is_better and self.left.dtype == torch.float32
 
     def without(self, patients: Tensor) -> Products:
         kept = ~patients[self.owners][:, None, None]
@@ -204,7 +206,7 @@ class Patches:
         return every.reshape(len(gram), -1, size.numel() ** 2).sum(dim=1)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        scaled = self.outer * (weights[self.owners] * self.shares)[:, None, None, None]
+        scaled = self.outer * _by_case(weights, of=self)[:, None, None, None]
         return _of_weights(scaled, self.inputs, geometry=self.geometry, shape=self.shape)
 
     def without(self, patients: Tensor) -> Patches:
@@ -227,6 +229,11 @@ def _of_weights(outer: Tensor, inputs: Tensor, *, geometry: Any, shape: torch.Si
         outer, inputs, weight, None, *geometry, False, (0, 0), 1, [False, True, False]
     )[1]
     return summed.contiguous()
+
+
+def _by_case(weights: Tensor, *, of: Products | Patches) -> Tensor:
+    """Returns the weight of each case of patients with these weights."""
+    return weights if of.num_patients == of.owners.numel() else weights[of.owners] * of.shares
 
 
 def _by_patient(

@@ -10,7 +10,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from client import precision
+from client import precision, processor
 from client.book import Book, applied
 from client.contribution import smaller
 from common.layout import memory_format
@@ -18,7 +18,7 @@ from common.layout import memory_format
 FEW_POSITIONS: Final = 64
 """Up to here a product of matrices is faster than a convolution of one pixel's size."""
 SHARED_POSITIONS: Final = 16
-"""From here several threads are better used by a convolution, in float32: a second one hardly hastens a
+"""From here several threads are better used by a convolution, in float32, where a second one hardly hastens a
 product of matrices of these sizes."""
 FEW_PRODUCTS: Final = 16
 """Up to here the patches of a convolution are small beside the gradients of its weights."""
@@ -79,7 +79,7 @@ class _Pointwise(Function):
 def _is_better_shared(inputs: Tensor) -> bool:
     """Says whether several threads work on a pointwise layer, and are better used by a convolution."""
     is_shared = inputs.dtype == torch.float32 and torch.get_num_threads() > 1
-    return is_shared and inputs[0, 0].numel() >= SHARED_POSITIONS
+    return is_shared and inputs[0, 0].numel() >= SHARED_POSITIONS and not processor.shares_out_products()
 
 
 def _settings(layer: Any, *, padding: tuple[int, ...] | None = None) -> tuple[Any, ...]:

@@ -3,31 +3,41 @@
 A step of DP-SGD needs one number a parameter; numpy's generators make them one at a time, which costs more
 than the backward pass of a large dense layer.
 
-Source: Box, Muller (1958), A Note on the Generation of Random Normal Deviates; NIST SP 800-38A (2001) for the
-cipher's counter mode.
+The words are AES in counter mode, had as the ciphertext of zeros in Galois/counter mode, which OpenSSL computes
+in wider vectors; its tag is of no use here.
+
+Source: Box, Muller (1958), A Note on the Generation of Random Normal Deviates; NIST SP 800-38D (2007) for the
+cipher's mode.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
-CHUNK_PAIRS: Final = 1 << 16
-"""At a time: what they need stays in the processor's cache."""
+from common.model import FlatArray
+
+CHUNK: Final = 1 << 20
+"""Numbers at a time. With fewer, two threads spend the time that they save on waiting for the interpreter."""
 MAX_BYTES: Final = 1 << 37
 """Of one stream: 2^33 blocks. That they never repeat, as random ones might, tells with less than 2^-62."""
 EDGE: Final = np.uint32(1 << 22)
 """So many values of a word, at either end of its range, are too coarse for the radius of a pair."""
 _WORD_BYTES = 4
-_ZEROS = bytes(CHUNK_PAIRS * 2 * _WORD_BYTES)
+_WORDS_PER_PAIR = 3  # at most
+_NONCE_BYTES = 12
+_ROOM_WORDS = 4  # a block, which the cipher asks for beyond what it writes
+_ZEROS = bytes(CHUNK * _WORD_BYTES)
 
 
 class Gaussian:
-    """A stream of independent standard normal numbers, decided by a key.
+    """A stream of independent normal numbers, decided by a key.
 
     The radius of a pair is that of a uniform number of 32 random bits; of 64 where 32 are coarse, which is
     within a thousandth of 0 and of 1, and always for float64. So numbers reach 9.4 standard deviations; the
@@ -38,7 +48,8 @@ class Gaussian:
     """
 
     def __init__(self, key: bytes) -> None:
-        self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
+        self._cipher = algorithms.AES256(key)
+        self._num_chunks = 0
         self._num_bytes = 0
 
     def standard_normal(self, size: int | tuple[int, ...] | None = None, dtype: Any = np.float64) -> Any:
@@ -48,44 +59,97 @@ class Gaussian:
             OverflowError: more numbers than one key may decide.
         """
         shape = (size,) if isinstance(size, int) else size or ()
-        number = math.prod(shape)
-        values = np.empty(number + number % 2, dtype=dtype)
-        for start in range(0, len(values), 2 * CHUNK_PAIRS):
-            chunk = values[start : start + 2 * CHUNK_PAIRS]
-            self._fill(chunk[: len(chunk) // 2], chunk[len(chunk) // 2 :])
-        return values[:number].reshape(shape)
+        values = np.empty(math.prod(shape), dtype=dtype)
+        for start in range(0, len(values), CHUNK):
+            part = values[start : start + CHUNK]
+            part[:] = self._words(len(part)).normal(len(part), std=1.0, dtype=dtype)
+        return values.reshape(shape)
 
-    def _fill(self, first: npt.NDArray[Any], second: npt.NDArray[Any]) -> None:
-        number = first.dtype.type
-        high, turn = self._words(2 * len(first)).reshape(2, -1)
-        angle = turn.view("<i4").astype(number)
-        angle *= number(math.pi * 2.0**-31)
-        radius = high.astype(number)
-        radius *= number(2.0**-32)
+    def add_to(self, arrays: Sequence[FlatArray], *, std: float, threads: int) -> None:
+        """Adds a normal number of this deviation to each element of float32 arrays, in their order.
+
+        How many threads share the work decides nothing about the numbers.
+
+        Raises:
+            OverflowError: more numbers than one key may decide.
+        """
+        work = [(self._words(sum(map(len, chunk))), chunk) for chunk in chunks(arrays)]
+        if threads == 1 or len(work) == 1:
+            for words, chunk in work:
+                words.add_to(chunk, std=std)
+            return
+        with ThreadPoolExecutor(threads) as executor:
+            list(executor.map(lambda one: one[0].add_to(one[1], std=std), work))  # raises what a thread does
+
+    def _words(self, number: int) -> _Words:
+        """Returns the words of the next chunk, which has so many numbers."""
+        self._num_bytes += (number + 1) // 2 * _WORDS_PER_PAIR * _WORD_BYTES
+        if self._num_bytes > MAX_BYTES:
+            raise OverflowError(f"expected at most {MAX_BYTES} random bytes of one key")
+        self._num_chunks += 1
+        return _Words(self._cipher, self._num_chunks)
+
+
+class _Words:
+    """The random words of one chunk, whose number is the cipher's nonce."""
+
+    def __init__(self, cipher: algorithms.AES256, chunk: int) -> None:
+        nonce = chunk.to_bytes(_NONCE_BYTES, "big")
+        self._encryptor = Cipher(cipher, modes.GCM(nonce)).encryptor()
+
+    def add_to(self, parts: Sequence[FlatArray], *, std: float) -> None:
+        """Adds normal numbers to the parts of a chunk."""
+        noise = self.normal(sum(map(len, parts)), std=std, dtype=np.float32)
+        for part in parts:  # by numpy: with few numbers, torch's addition takes four times as long
+            part += noise[: len(part)]
+            noise = noise[len(part) :]
+
+    def normal(self, number: int, *, std: float, dtype: Any) -> npt.NDArray[Any]:
+        """Returns so many normal numbers; the two of a pair stand half of them apart."""
+        pairs = (number + 1) // 2
+        kind = np.dtype(dtype).type
+        high, turn = self._draw(2 * pairs).reshape(2, -1)
+        values = np.empty((2, pairs), dtype=dtype)
+        angle = turn.view("<i4").astype(kind)
+        angle *= kind(math.pi * 2.0**-31)
+        radius = high.astype(kind)
+        radius *= kind(2.0**-32)
         # the addition goes round, so that both ends of the range are at its beginning
-        coarse = np.flatnonzero(high + EDGE < 2 * EDGE) if number is np.float32 else slice(None)
+        coarse = np.flatnonzero(high + EDGE < 2 * EDGE) if kind is np.float32 else slice(None)
         radius[coarse] = 0.5  # has a logarithm
         np.log2(radius, out=radius)
-        radius *= number(-2 * math.log(2))
+        radius *= kind(-2 * math.log(2) * std**2)
         np.sqrt(radius, out=radius)
-        radius[coarse] = self._fine_radius(high[coarse])
-        np.cos(angle, out=first)
-        np.sin(angle, out=second)
-        first *= radius
-        second *= radius
+        radius[coarse] = std * self._fine_radius(high[coarse])
+        np.cos(angle, out=values[0])
+        np.sin(angle, out=values[1])
+        values *= radius
+        return values.reshape(-1)[:number]
 
     def _fine_radius(self, high: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
         """Returns the radii of uniform numbers that begin with these words; k + 1/2 of 2^64 is never 0."""
-        low = self._words(len(high))
+        low = self._draw(len(high))
         uniform = high * 2.0**-32 + (low + 0.5) * 2.0**-64
         return np.asarray(np.sqrt(-2 * np.log(uniform)))
 
-    def _words(self, number: int) -> npt.NDArray[np.uint32]:
-        return np.frombuffer(self._draw(number * _WORD_BYTES), dtype="<u4")
+    def _draw(self, number: int) -> npt.NDArray[np.uint32]:
+        """Returns fresh random words."""
+        words = np.empty(number + _ROOM_WORDS, dtype="<u4")
+        self._encryptor.update_into(memoryview(_ZEROS)[: number * _WORD_BYTES], memoryview(words).cast("B"))
+        return words[:number]
 
-    def _draw(self, number: int) -> bytes:
-        """Returns fresh random bytes."""
-        self._num_bytes += number
-        if self._num_bytes > MAX_BYTES:
-            raise OverflowError(f"expected at most {MAX_BYTES} random bytes of one key")
-        return self._cipher.update(memoryview(_ZEROS)[:number])
+
+def chunks(arrays: Sequence[FlatArray]) -> Iterator[list[FlatArray]]:
+    """Yields the arrays in their order, cut so that each list has ``CHUNK`` numbers, the last the rest."""
+    chunk: list[FlatArray] = []
+    room = CHUNK
+    for array in arrays:
+        while len(array):
+            chunk.append(array[:room])
+            array = array[room:]
+            room -= len(chunk[-1])
+            if not room:
+                yield chunk
+                chunk, room = [], CHUNK
+    if chunk:
+        yield chunk

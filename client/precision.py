@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, Final
 
 import torch
 from torch import nn
 
+from client import processor
 from common.plan import Plan
 
 NO_GAIN: Final = frozenset(("efficientnet_b0", "unet"))
@@ -32,7 +32,7 @@ def compute_type(plan: Plan) -> torch.dtype | None:
         case "bf16":
             return torch.bfloat16
     is_possible = plan.privacy.mechanism == "none" or plan.privacy.clipping in ("auto", "bookkeeping")
-    gains = is_possible and plan.model.name not in NO_GAIN and multiplies_bfloat16()
+    gains = is_possible and plan.model.name not in NO_GAIN and processor.multiplies_bfloat16()
     return torch.bfloat16 if gains else None
 
 
@@ -47,12 +47,6 @@ def memory_format(network: nn.Module, compute: torch.dtype | None) -> torch.memo
     return torch.contiguous_format if compute is None or keeps_rows else torch.channels_last
 
 
-def multiplies_bfloat16() -> bool:
-    """Says whether the processor has instructions for bfloat16; without them it is slower than float32."""
-    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in asked)
-
-
 def is_slow_in_groups(dtype: torch.dtype, layer: Any) -> bool:
     """Says whether a convolution with a group of channels for each case is faster in float32.
 
@@ -63,9 +57,4 @@ def is_slow_in_groups(dtype: torch.dtype, layer: Any) -> bool:
     """
     widths = (layer.in_channels, layer.out_channels)
     fills = all(width // layer.groups % TILE_CHANNELS == 0 for width in widths)
-    return dtype == torch.bfloat16 and _has_tiles() and not fills
-
-
-@lru_cache(maxsize=1)
-def _has_tiles() -> bool:
-    return bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+    return dtype == torch.bfloat16 and processor.has_tiles() and not fills

@@ -21,6 +21,7 @@ from client.noise import Key
 from client.training import PoissonSampler
 from common import model
 from common.calibration import Mechanism
+from common.model import FlatArray
 from common.plan import DpSgd, Plan
 from simulations.canaries import Canaries, nobody
 from simulations.implementation import Implementation
@@ -54,6 +55,9 @@ class Silence:
 
     def standard_normal(self, size: Any = None, dtype: Any = np.float64) -> Any:
         return 0.0 if size is None else np.zeros(size, dtype=dtype)
+
+    def add_to(self, arrays: Sequence[FlatArray], *, std: float, threads: int) -> None:
+        """Adds nothing."""
 
 
 def noise_scale(

@@ -10,7 +10,9 @@ import torch
 from numpy.random import Generator
 
 from client.contribution import Contribution, Rows
+from client.gaussian import Gaussian
 from client.training import Batch, Cases
+from common.model import FlatArray
 from simulations.canaries import CanaryGradient
 from simulations.checks import Silence
 from simulations.implementation import Implementation
@@ -19,12 +21,15 @@ from simulations.implementation import Implementation
 class Scaled:
     """Normal numbers times a constant."""
 
-    def __init__(self, stream: Generator, *, factor: float) -> None:
+    def __init__(self, stream: Gaussian, *, factor: float) -> None:
         self._stream, self._factor = stream, factor
 
     def standard_normal(self, size: Any = None, dtype: Any = np.float64) -> Any:
         drawn = self._stream.standard_normal(size, dtype=dtype)
         return drawn * dtype(self._factor)
+
+    def add_to(self, arrays: Sequence[FlatArray], *, std: float, threads: int) -> None:
+        self._stream.add_to(arrays, std=std * self._factor, threads=threads)
 
 
 class ClippedAfterAveraging(CanaryGradient):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from client import contribution, convolution, precision
+from client import contribution, convolution, precision, processor
 from client.book import Book
 from client.bookkeeping import BookKeeping, NotSupported
 from client.contribution import SHORT, Patches, Products, Rows, clip_factors, weighted_sums
@@ -229,19 +229,21 @@ class _Scaled(nn.Module):
 
 @pytest.mark.parametrize("large", [1, 1 << 60])
 @pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shares_out", [False, True])
 @pytest.mark.parametrize("layer", [nn.Conv1d(3, 40, 1), nn.Conv2d(3, 40, 1, bias=False), nn.Conv3d(3, 40, 1)])
 def test_pointwise_layers_contribute_the_same_as_products_and_as_convolutions(
-    layer: nn.Module, threads: int, large: int, monkeypatch: pytest.MonkeyPatch
+    layer: nn.Module, shares_out: bool, threads: int, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Which of them is faster depends on the threads that share the work."""
+    """Which of them is faster depends on the processor, and on the threads that share the work."""
     monkeypatch.setattr(contribution, "LARGE", large)
+    monkeypatch.setattr(processor, "shares_out_products", lambda: shares_out)
     sides = {nn.Conv1d: (16,), nn.Conv2d: (4, 5), nn.Conv3d: (2, 3, 4)}[type(layer)]
     network = nn.Sequential(copy.deepcopy(layer), nn.Tanh(), type(layer)(40, 50, 1), nn.Tanh())
     former = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         images = torch.randn(5, 3, *sides, generator=torch.Generator().manual_seed(1))
-        assert convolution._is_better_shared(images) == (threads > 1)
+        assert convolution._is_better_shared(images) == (threads > 1 and not shares_out)
         targets = torch.randn_like(network(images))
         require_equal(network, batch_of(images, targets, [1, 3, 1]))
     finally:

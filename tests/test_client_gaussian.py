@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
 from client import gaussian
-from client.gaussian import CHUNK_PAIRS, Gaussian
+from client.gaussian import CHUNK, Gaussian, _Words
 
 KEY = bytes(range(32))
 DTYPES = [np.float32, np.float64]
@@ -38,8 +39,8 @@ def test_tails_are_as_heavy_as_they_should_be(beyond: float) -> None:
 
 def test_squares_and_neighbours_and_pairs_are_independent() -> None:
     """Both numbers of a pair share their radius: they stand half a chunk apart."""
-    number = 2 * CHUNK_PAIRS * 10
-    values = drawn(number).astype(np.float64).reshape(10, 2, CHUNK_PAIRS)
+    number = CHUNK * 3
+    values = drawn(number).astype(np.float64).reshape(3, 2, CHUNK // 2)
     first, second = values[:, 0].ravel(), values[:, 1].ravel()
     bound = 4.5 / math.sqrt(number / 2)
     for one, other in (
@@ -48,12 +49,12 @@ def test_squares_and_neighbours_and_pairs_are_independent() -> None:
         (np.abs(first), second),
         (first[1:], first[:-1]),
         (first[1:] ** 2, first[:-1] ** 2),
-        (first[CHUNK_PAIRS:], first[:-CHUNK_PAIRS]),
+        (first[CHUNK // 2 :], first[: -CHUNK // 2]),
     ):
         assert abs(np.corrcoef(one, other)[0, 1]) < bound
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (2 * CHUNK_PAIRS + 1,), (0,)])
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (CHUNK + 1,), (0,)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_shape_is_filled(shape: tuple[int, ...], dtype: Any) -> None:
     values = np.asarray(Gaussian(KEY).standard_normal(shape, dtype=dtype))
@@ -69,14 +70,57 @@ def test_a_key_decides_the_numbers_and_none_comes_twice() -> None:
     assert not np.isin(drawn(1000, dtype=np.float64, key=bytes(32)), one).any()
 
 
+SIZES = [3, CHUNK // 2, 5, 0, 2 * CHUNK + 1, 7]
+"""Arrays that end within a chunk, and one that needs several."""
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_what_is_added_to_arrays_is_one_draw_however_many_threads_share_the_work(threads: int) -> None:
+    arrays = [np.full(size, index, dtype=np.float32) for index, size in enumerate(SIZES)]
+    Gaussian(KEY).add_to(arrays, std=0.5, threads=threads)
+    expected = np.split(0.5 * drawn(sum(SIZES)), np.cumsum(SIZES)[:-1])
+    for index, (array, one) in enumerate(zip(arrays, expected, strict=True)):
+        np.testing.assert_allclose(array - index, one, atol=2e-6)
+
+
+def test_words_are_aes_in_counter_mode_with_a_nonce_a_chunk() -> None:
+    """As SP 800-38D says: the first block of a text is under the counter 2."""
+    cipher = algorithms.AES256(KEY)
+    for chunk in (1, 7):
+        counter = chunk.to_bytes(12, "big") + (2).to_bytes(4, "big")
+        expected = Cipher(cipher, modes.CTR(counter)).encryptor().update(bytes(4 * 100))
+        words = _Words(cipher, chunk)
+        found = np.concatenate([words._draw(number) for number in (1, 0, 6, 93)])
+        assert found.astype("<u4").tobytes() == expected
+
+
+def test_steps_that_share_a_stream_share_no_numbers() -> None:
+    stream = Gaussian(KEY)
+    first, second = np.zeros(CHUNK + 7, dtype=np.float32), np.zeros(CHUNK + 7, dtype=np.float32)
+    for array in (first, second):
+        stream.add_to([array], std=1.0, threads=2)
+    whole = np.concatenate([first, second]).astype(np.float64)
+    halves = whole.reshape(2, -1)
+    assert len(np.unique(whole)) > 0.9 * len(whole), "in float32 few are alike by chance"
+    assert abs(np.corrcoef(halves)[0, 1]) < 4.5 / math.sqrt(halves.shape[1])
+    assert stats.kstest(whole, "norm").pvalue > 1e-3
+
+
+def test_a_thread_that_fails_is_heard() -> None:
+    arrays = [np.zeros(2 * CHUNK, dtype=np.float32)]
+    arrays[0].flags.writeable = False
+    with pytest.raises(ValueError, match="read-only"):
+        Gaussian(KEY).add_to(arrays, std=1.0, threads=2)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_numbers_reach_as_far_as_their_bits_allow(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least radius bits give the largest number: nothing is infinite, and the tail is not cut early."""
     farthest = math.sqrt(2 * 65 * math.log(2))
-    monkeypatch.setattr(Gaussian, "_draw", lambda self, number: bytes(number))
+    monkeypatch.setattr(_Words, "_draw", lambda self, number: np.zeros(number, dtype=np.uint32))
     assert Gaussian(KEY).standard_normal((2,), dtype=dtype)[0] == pytest.approx(farthest)
     assert stats.norm.sf(farthest) < 1e-20
-    monkeypatch.setattr(Gaussian, "_draw", lambda self, number: b"\xff" * number)
+    monkeypatch.setattr(_Words, "_draw", lambda self, number: ~np.zeros(number, dtype=np.uint32))
     assert Gaussian(KEY).standard_normal((2,), dtype=dtype).tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
 
 
@@ -92,7 +136,7 @@ def test_a_radius_is_that_of_64_bits_also_where_32_are_coarse(
             np.full(len(starts), 0x9ABCDEF0, dtype=np.uint32),  # the second word of each radius
         )
     )
-    monkeypatch.setattr(Gaussian, "_words", lambda self, number: next(words)[:number])
+    monkeypatch.setattr(_Words, "_draw", lambda self, number: next(words)[:number])
     found = Gaussian(KEY).standard_normal((2 * len(starts),), dtype=dtype)[: len(starts)]
     exact = [-2 * math.log((start * end + 0x9ABCDEF0 + 0.5) / end**2) for start in starts]
     np.testing.assert_allclose(found, np.sqrt(exact), rtol=1e-4 if dtype == np.float32 else 1e-7)
@@ -104,3 +148,5 @@ def test_a_key_is_not_used_beyond_its_cipher(monkeypatch: pytest.MonkeyPatch) ->
     stream.standard_normal((100,))
     with pytest.raises(OverflowError):
         stream.standard_normal((100,))
+    with pytest.raises(OverflowError):
+        stream.add_to([np.zeros(100, dtype=np.float32)], std=1.0, threads=1)

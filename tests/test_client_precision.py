@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from client import precision
+from client import precision, processor
 from client.bookkeeping import BookKeeping
 from client.precision import NO_GAIN, compute_type
 from client.training import Batch, PlainGradient
@@ -21,7 +21,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture(params=[True, False])
 def has_bfloat16(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: request.param)
+    monkeypatch.setattr(processor, "multiplies_bfloat16", lambda: request.param)
     return bool(request.param)
 
 
@@ -78,7 +78,7 @@ def contributions(asked: Any, chosen: list[int], *, compute: torch.dtype | None)
 
 @pytest.fixture(params=[False, True], ids=["no tiles", "tiles"])
 def has_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    monkeypatch.setattr(precision, "_has_tiles", lambda: request.param)
+    monkeypatch.setattr(processor, "has_tiles", lambda: request.param)
     return bool(request.param)
 
 

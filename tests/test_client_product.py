@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from client import processor
 from client import product as module
 from client.product import product
 
@@ -21,6 +22,7 @@ def test_a_product_is_that_of_torch(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "LARGE", large)
+    monkeypatch.setattr(processor, "shares_out_products", lambda: False)
     rows, inner, columns = shape
     generator = torch.Generator().manual_seed(1)
     left = torch.randn(rows, inner, generator=generator).to(dtype)
@@ -32,7 +34,11 @@ def test_a_product_is_that_of_torch(
     torch.testing.assert_close(found, left @ right, rtol=1e-5, atol=1e-5)
 
 
-def test_only_large_products_in_float32_are_convolved(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("shares_out", [False, True])
+def test_only_large_products_in_float32_are_convolved_and_only_where_that_is_faster(
+    shares_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "shares_out_products", lambda: shares_out)
     convolved: list[torch.Size] = []
     convolve = torch.conv2d
 
@@ -47,4 +53,4 @@ def test_only_large_products_in_float32_are_convolved(monkeypatch: pytest.Monkey
     product(large[:2], large)
     assert not convolved
     product(large, large)
-    assert len(convolved) == 1
+    assert len(convolved) == (0 if shares_out else 1)
