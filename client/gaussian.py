@@ -3,8 +3,8 @@
 A step of DP-SGD needs one number a parameter; numpy's generators make them one at a time, which costs more
 than the backward pass of a large dense layer.
 
-The words are AES in counter mode, had as the ciphertext of zeros in Galois/counter mode, which OpenSSL computes
-in wider vectors; its tag is of no use here.
+The words are AES in counter mode, had as the ciphertext of zeros in Galois/counter mode, which OpenSSL
+computes in wider vectors; its tag is of no use here.
 
 Source: Box, Muller (1958), A Note on the Generation of Random Normal Deviates; NIST SP 800-38D (2007) for the
 cipher's mode.
