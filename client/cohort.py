@@ -299,8 +299,7 @@ def _store_name(asked: Asked, dtype: np.dtype[Any]) -> str:
 
 def _cuts(site: Site, used: Sequence[_Entry]) -> dict[str, slice]:
     """Returns where each part lies. Patients ordered by pseudonym are ordered by part as well."""
-    fractions = site.settings.split
-    sizes = Counter(split.part_of(entry.patient, split=fractions) for entry in used)
+    sizes = Counter(split.parts_of((entry.patient for entry in used), split=site.settings.split))
     cuts, start = {}, 0
     for name in PARTS:
         cuts[name] = slice(start, start + sizes[name])

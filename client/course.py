@@ -43,13 +43,16 @@ _TABLES = Tables(
 
 
 def require_plan(site: Site, plan: Plan, *, run: str) -> None:
-    """Checks that a run has not come with another plan before.
+    """Checks that a run has not come with another plan before, and that its tasks can be noted.
 
     Raises:
         Refusal: code ``other_plan``.
     """
-    for path in _paths(site):
-        _require_plan_in(path, plan, run=run)
+    private_directory(site.state)
+    own, other = _own_and_other(site, plan)
+    _require_plan_in(other, plan, run=run)
+    with _opened(own) as database:
+        _require_plan(database, plan, run=run)
 
 
 def _require_plan_in(path: Path, plan: Plan, *, run: str) -> None:

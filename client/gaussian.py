@@ -135,7 +135,7 @@ class _Words:
     def _draw(self, number: int) -> npt.NDArray[np.uint32]:
         """Returns fresh random words."""
         words = np.empty(number + _ROOM_WORDS, dtype="<u4")
-        self._encryptor.update_into(memoryview(_ZEROS)[: number * _WORD_BYTES], memoryview(words).cast("B"))
+        self._encryptor.update_into(memoryview(_ZEROS)[: number * _WORD_BYTES], words.data.cast("B"))
         return words[:number]
 
 

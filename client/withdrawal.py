@@ -33,6 +33,9 @@ class Event(Value):
     time: datetime
 
 
+_HISTORY = TypeAdapter(list[Event])
+
+
 def stamp(site: Site) -> Stamp:
     """Returns size and mtime_ns of the history, which only ever grows: whatever changed changes them."""
     try:
@@ -65,7 +68,7 @@ def history(site: Site) -> list[Event]:
     """
     path = _path(site)
     try:
-        return TypeAdapter(list[Event]).validate_json(path.read_bytes())
+        return _HISTORY.validate_json(path.read_bytes())
     except FileNotFoundError:
         return []
     except ValidationError:

@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
@@ -59,6 +60,26 @@ KILL_SECONDS: Final = 5.0
 def error_reply(message: Message, reason: str) -> Message:
     """Returns the error reply to a message; ``reason`` is one of the constants of ``CODES``."""
     return Message(Error(code=CODES[reason], reason=reason), reply_to=message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """What a process answered to a message, not yet unpacked; None where it died over it."""
+
+    message: Message
+    answer: bytes | None
+
+    @property
+    def has_died(self) -> bool:
+        """Says whether there is no answer."""
+        return self.answer is None
+
+    @property
+    def reply(self) -> Message:
+        """The reply; a process that has died gives an error reply with reason ``worker_died``."""
+        if self.answer is None:
+            return error_reply(self.message, WORKER_DIED)
+        return flower.unpack_message(self.answer)
 
 
 class Worker:
@@ -151,6 +172,14 @@ class Worker:
         Raises:
             ValueError: no message was handed over.
         """
+        return self.taken().reply
+
+    def taken(self) -> Taken:
+        """Returns what ``finish`` makes the reply of; the worker can have its next message first.
+
+        Raises:
+            ValueError: no message was handed over.
+        """
         if self._message is None:
             raise ValueError("Expected a busy worker, found an idle one; call start first.")
         message = self._message
@@ -158,7 +187,7 @@ class Worker:
             wait(self.waitables)
         answer = self._take()
         self._message = None
-        return flower.unpack_message(answer) if answer else error_reply(message, WORKER_DIED)
+        return Taken(message=message, answer=answer)
 
     def call(self, message: Message, context: Context, *, timeout_seconds: float | None = None) -> Message:
         """Returns the ClientApp's reply, or an error reply with a constant reason and no other text.

@@ -16,7 +16,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.serverapp import Grid
 
 from client.site import Site
-from client.worker import WORKER_DIED, Worker
+from client.worker import Taken, Worker
 from common import flower
 from common.plan import Plan
 from server.app import app as server_app
@@ -74,7 +74,7 @@ class LocalGrid(Grid):  # type: ignore[misc]
         self._queues: list[deque[Message]] = [deque() for _ in self._workers]
         self._doing: list[Message | None] = [None] * len(workers)
         self._deaths: Counter[str] = Counter()
-        self._replies: dict[str, Message] = {}
+        self._replies: dict[str, Taken] = {}
 
     def set_run(self, run: Any) -> None:
         """Nothing to set: a LocalGrid belongs to one run."""
@@ -118,7 +118,7 @@ class LocalGrid(Grid):  # type: ignore[misc]
         wanted = list(message_ids)
         if not self._replies.keys() >= set(wanted):
             self._collect(0.0)
-        return [self._replies.pop(message_id) for message_id in wanted if message_id in self._replies]
+        return [self._replies.pop(message_id).reply for message_id in wanted if message_id in self._replies]
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -152,14 +152,13 @@ class LocalGrid(Grid):  # type: ignore[misc]
         for number in sorted(ready):
             message = self._doing[number]
             assert message is not None
-            reply, self._doing[number] = self._workers[number].finish(), None
+            taken, self._doing[number] = self._workers[number].taken(), None
             message_id = message.metadata.message_id
-            has_died = reply.has_error() and reply.error.reason == WORKER_DIED
-            self._deaths[message_id] += has_died
-            if has_died and self._deaths[message_id] < _MOST_DEATHS:
+            self._deaths[message_id] += taken.has_died
+            if taken.has_died and self._deaths[message_id] < _MOST_DEATHS:
                 self._queues[number].appendleft(message)
             else:
-                self._replies[message_id] = reply
+                self._replies[message_id] = taken  # unpacked when it is pulled, since the worker waits
         if ready:
             self._start_idle()
 
