@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hmac
 import json
-import marshal
 import os
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -43,17 +42,17 @@ class FrozenCase:
 
 
 class Sources(Collection[FrozenCase]):
-    """Frozen cases in little memory: kept as packed bytes, and made of them whenever they are asked for."""
+    """Frozen cases in little memory: kept as packed text, and made of it whenever they are asked for."""
 
     def __init__(self, cases: Sequence[FrozenCase]) -> None:
-        self._packed = zlib.compress(marshal.dumps([_fields(one) for one in cases]))
+        self._packed = zlib.compress(json.dumps([_fields(one) for one in cases]).encode("ascii"))
         self._length = len(cases)
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[FrozenCase]:
-        return map(_frozen_case, marshal.loads(zlib.decompress(self._packed)))
+        return map(_frozen_case, json.loads(zlib.decompress(self._packed)))
 
     def __contains__(self, case: object) -> bool:
         return any(one == case for one in self)
