@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from tests.sites import write_site
 
 ROUNDS: dict[str, Any] = {**TINY, "rounds": 6, "evaluation__validation_every": 3}
 ASKED, OTHER = plan(**ROUNDS), plan(**ROUNDS, seed=1)
+EXACT_PLAN = plan(**ROUNDS, privacy="none")
 
 
 @pytest.fixture
@@ -110,6 +113,19 @@ def test_a_run_belongs_to_one_plan_for_ever(site: Site) -> None:
     assert caught.value.code == "other_plan"
     course.require_plan(site, ASKED, run="run-1")
     course.enter(site, OTHER, task(1, run="run-2", plan_hash=OTHER.hash))
+
+
+@pytest.mark.parametrize(("asked", "own"), [(ASKED, "course.sqlite"), (EXACT_PLAN, "exact_course.sqlite")])
+def test_a_site_that_could_not_note_a_task_says_so_before_the_first(
+    site: Site, asked: Plan, own: str
+) -> None:
+    """What its tasks are noted in is there from the preparation; a disk that is full then ends no round."""
+    course.require_plan(site, asked, run="run-1")
+    assert [path.name for path in site.state.iterdir()] == [own]
+    shutil.rmtree(site.state)
+    (site.state / own).mkdir(parents=True)
+    with pytest.raises(sqlite3.OperationalError):
+        course.require_plan(site, asked, run="run-1")
 
 
 def test_runs_are_judged_each_by_itself(site: Site) -> None:
