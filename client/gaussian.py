@@ -25,8 +25,8 @@ from common.model import FlatArray
 
 CHUNK: Final = 1 << 20
 """Numbers at a time. With fewer, two threads spend the time that they save on waiting for the interpreter."""
-MAX_BYTES: Final = 1 << 37
-"""Of one stream: 2^33 blocks. That they never repeat, as random ones might, tells with less than 2^-62."""
+MAX_BYTES: Final = 1 << 40
+"""Of one stream: 2^36 blocks. That they never repeat, as random ones might, tells with less than 2^-56."""
 EDGE: Final = np.uint32(1 << 22)
 """So many values of a word, at either end of its range, are too coarse for the radius of a pair."""
 _WORD_BYTES = 4
