@@ -47,6 +47,8 @@ STYLE = {
 
 SITE_HEIGHT_INCHES = 0.24
 LABEL_LENGTH = 18
+MOST_BARS = 50
+"""More would touch each other, and take as long to draw as all else in a report."""
 
 
 def loss_curve(report: Report) -> Markup | None:
@@ -101,8 +103,13 @@ def answers_by_round(report: Report) -> Markup | None:
         rounds = [entry.round for entry in report.rounds]
         asked = [entry.sites_asked for entry in report.rounds]
         valid = [entry.sites_valid for entry in report.rounds]
-        axes.bar(rounds, asked, width=0.8, color="white", edgecolor=GREY, linewidth=0.8, label="asked")
-        axes.bar(rounds, valid, width=0.8, color=BLUE, label="valid")
+        if len(rounds) <= MOST_BARS:
+            axes.bar(rounds, asked, width=0.8, color="white", edgecolor=GREY, linewidth=0.8, label="asked")
+            axes.bar(rounds, valid, width=0.8, color=BLUE, label="valid")
+        else:
+            edges = [rounds[0] - 0.5, *(number + 0.5 for number in rounds)]
+            axes.stairs(asked, edges, color=GREY, linewidth=0.8, label="asked")
+            axes.stairs(valid, edges, color=BLUE, fill=True, label="valid")
         quorum = report.plan.get("quorum")
         if quorum is not None:
             axes.axhline(quorum, color=ORANGE, linewidth=1.4, linestyle=(0, (4, 3)), label="quorum")

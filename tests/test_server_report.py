@@ -17,7 +17,8 @@ from common import metrics
 from common.errors import StateError
 from common.metrics import Histogram, Scores
 from common.value import canonical_json
-from server import page
+from server import figures, page
+from server.figures import MOST_BARS
 from server.report import (
     Participation,
     Privacy,
@@ -493,6 +494,12 @@ def test_every_figure_has_a_title_and_a_description(simulated_page):
     assert text.count("<svg") == 6
     for part in text.split("<svg")[1:]:
         assert re.search(r"<title [^>]*>[^<]+</title>\s*<desc [^>]*>[^<]+</desc>", part)
+
+
+def test_a_figure_of_very_many_rounds_is_drawn_in_one_piece():
+    """A bar for each takes longer to draw than all else in a report."""
+    few, many = (figures.answers_by_round(example(rounds=MOST_BARS * times)) for times in (1, 10))
+    assert few.count("<path") > 2 * MOST_BARS > many.count("<path")
 
 
 def test_same_report_gives_the_same_bytes(report, private_page):
