@@ -43,7 +43,7 @@ _TABLES = Tables(
 
 
 def require_plan(site: Site, plan: Plan, *, run: str) -> None:
-    """Checks that a run has not come with another plan before, and that its tasks can be noted.
+    """Checks that a run has not come with another plan before, and makes the file that notes its tasks.
 
     Raises:
         Refusal: code ``other_plan``.

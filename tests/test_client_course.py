@@ -116,10 +116,9 @@ def test_a_run_belongs_to_one_plan_for_ever(site: Site) -> None:
 
 
 @pytest.mark.parametrize(("asked", "own"), [(ASKED, "course.sqlite"), (EXACT_PLAN, "exact_course.sqlite")])
-def test_a_site_that_could_not_note_a_task_says_so_before_the_first(
+def test_the_file_that_notes_tasks_is_there_from_the_first_preparation_or_that_fails(
     site: Site, asked: Plan, own: str
 ) -> None:
-    """What its tasks are noted in is there from the preparation; a disk that is full then ends no round."""
     course.require_plan(site, asked, run="run-1")
     assert [path.name for path in site.state.iterdir()] == [own]
     shutil.rmtree(site.state)

