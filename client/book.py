@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from client.contribution import Contribution, Patches, Products, Rows
+from client.contribution import Contribution, Products, Rows
+from client.patches import Patches
 from client.training import Batch
 
 
@@ -65,18 +66,13 @@ class Book:
 
     def products(self, left: Tensor, right: Tensor, *, shape: torch.Size) -> Products:
         """left: (cases, rows, positions), right: (cases, columns, positions)."""
-        left, right = self._detached(left), self._detached(right)
+        left, right = left.detach(), right.detach()  # from a graph, which would keep what is made of them
         return Products(left, right, shape, self.owners, self.shares, self.num_patients)
 
     def patches(self, outer: Tensor, inputs: Tensor, *, geometry: Any, shape: torch.Size) -> Patches:
         """outer, inputs: of a flat convolution, (cases, channels, height, width)."""
-        outer, inputs = self._detached(outer), self._detached(inputs)
+        outer, inputs = outer.detach(), inputs.detach()
         return Patches(outer, inputs, geometry, shape, self.owners, self.shares, self.num_patients)
-
-    def _detached(self, values: Tensor) -> Tensor:
-        """Takes the input of a layer out of the graph: all that is computed of it would be kept for another
-        backward pass."""
-        return values.detach().to(self.shares.dtype)
 
 
 def applied(function: type[Function], *arguments: Any) -> Tensor:

@@ -11,7 +11,8 @@ from opacus.optimizers import DPOptimizer
 from torch import nn
 
 from client.bookkeeping import BookKeeping, NotSupported
-from client.contribution import Contribution, clip_factors, weighted_sums
+from client.contribution import Contribution
+from client.factors import clip_factors, weighted_sums
 from client.gaussian import Gaussian
 from client.hooked import ExpandedWeights, Ghost, Hooks
 from client.training import Batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -10,16 +11,13 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from client import precision, processor
+from client import precision
 from client.book import Book, applied
-from client.contribution import smaller
+from client.contribution import Postponed, Rows, smaller
 from common.layout import memory_format
 
 FEW_POSITIONS: Final = 64
 """Up to here a product of matrices is faster than a convolution of one pixel's size."""
-SHARED_POSITIONS: Final = 16
-"""From here several threads are better used by a convolution, in float32, where a second one hardly hastens a
-product of matrices of these sizes."""
 FEW_PRODUCTS: Final = 16
 """Up to here the patches of a convolution are small beside the gradients of its weights."""
 FEW_CHANNELS: Final = {False: 8, True: 16}
@@ -51,9 +49,6 @@ class _Pointwise(Function):
         inputs, weight = book.cast(inputs), book.cast(weight)
         ctx.save_for_backward(inputs, weight)
         bias = book.bias(layer)
-        ctx.is_shared = _is_better_shared(inputs)
-        if ctx.is_shared:
-            return torch.convolution(inputs, weight, bias, *_settings(layer))
         columns = weight.flatten(1) @ _columns(inputs)
         if bias is not None:
             columns += bias[:, None]
@@ -69,17 +64,9 @@ class _Pointwise(Function):
         if layer.bias is not None:
             book.add(layer.bias, book.mean(left.sum(dim=2)))
         of_inputs = None
-        if ctx.needs_input_grad[2] and ctx.is_shared:
-            of_inputs = _of_inputs(outer, inputs, weight, settings=_settings(layer))
-        elif ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[2]:
             of_inputs = _from_columns(weight.flatten(1).T @ _columns(outer), like=outer)
         return None, None, of_inputs, None
-
-
-def _is_better_shared(inputs: Tensor) -> bool:
-    """Says whether several threads work on a pointwise layer, and are better used by a convolution."""
-    is_shared = inputs.dtype == torch.float32 and torch.get_num_threads() > 1
-    return is_shared and inputs[0, 0].numel() >= SHARED_POSITIONS and not processor.shares_out_products()
 
 
 def _settings(layer: Any, *, padding: tuple[int, ...] | None = None) -> tuple[Any, ...]:
@@ -145,6 +132,15 @@ def _note_patches(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, sett
 
 
 def _note_one_by_one(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> None:
+    outer, inputs = outer.detach(), inputs.detach()  # from a graph, which would keep what is made of them
+    rows = partial(_one_by_one, layer, book, outer, inputs, settings=settings)
+    is_postponed = outer.numel() + inputs.numel() < book.num_patients * layer.weight.numel()
+    book.add(layer.weight, Postponed(rows) if is_postponed else Rows(rows()))
+    if layer.bias is not None:
+        book.add(layer.bias, book.mean(outer.flatten(2).sum(dim=2)))  # torch's own takes longer
+
+
+def _one_by_one(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> Tensor:
     """Patches are cut, or one native call is made: to a convolution, each case is a group of channels."""
     if _is_better_cut(layer, inputs):
         by_case = _from_patches(layer, outer, inputs, padding=settings[1])
@@ -152,9 +148,7 @@ def _note_one_by_one(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, s
         is_slow = precision.is_slow_in_groups(outer.dtype, layer)
         pair = (outer.float(), inputs.float()) if is_slow else (outer, inputs)
         by_case = _in_groups(layer.weight, *pair, settings=settings)
-    book.add(layer.weight, book.mean(by_case))
-    if layer.bias is not None:
-        book.add(layer.bias, book.mean(outer.flatten(2).sum(dim=2)))  # torch's own takes longer
+    return book.mean(by_case).values
 
 
 def _is_better_cut(layer: Any, inputs: Tensor) -> bool:

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
-from client import contribution, convolution, precision, processor
+from client import convolution, precision
 from client.book import Book
 from client.bookkeeping import BookKeeping, NotSupported
-from client.contribution import SHORT, Patches, Products, Rows, clip_factors, weighted_sums
+from client.contribution import Postponed, Products, Rows
 from client.hooked import ExpandedWeights
+from client.patches import Patches
 from client.training import Batch, case_losses
 from common import model
 from common.layout import with_quick_layers
@@ -227,27 +228,16 @@ class _Scaled(nn.Module):
         return (images * self.scale).sin()
 
 
-@pytest.mark.parametrize("large", [1, 1 << 60])
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("shares_out", [False, True])
+@pytest.mark.parametrize("side", [4, 9])
 @pytest.mark.parametrize("layer", [nn.Conv1d(3, 40, 1), nn.Conv2d(3, 40, 1, bias=False), nn.Conv3d(3, 40, 1)])
 def test_pointwise_layers_contribute_the_same_as_products_and_as_convolutions(
-    layer: nn.Module, shares_out: bool, threads: int, large: int, monkeypatch: pytest.MonkeyPatch
+    layer: nn.Module, side: int
 ) -> None:
-    """Which of them is faster depends on the processor, and on the threads that share the work."""
-    monkeypatch.setattr(contribution, "LARGE", large)
-    monkeypatch.setattr(processor, "shares_out_products", lambda: shares_out)
-    sides = {nn.Conv1d: (16,), nn.Conv2d: (4, 5), nn.Conv3d: (2, 3, 4)}[type(layer)]
+    """The first are of few positions; of a flat image's 16 and 81, the latter are not."""
+    axes = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}[type(layer)]
     network = nn.Sequential(copy.deepcopy(layer), nn.Tanh(), type(layer)(40, 50, 1), nn.Tanh())
-    former = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        images = torch.randn(5, 3, *sides, generator=torch.Generator().manual_seed(1))
-        assert convolution._is_better_shared(images) == (threads > 1 and not shares_out)
-        targets = torch.randn_like(network(images))
-        require_equal(network, batch_of(images, targets, [1, 3, 1]))
-    finally:
-        torch.set_num_threads(former)
+    images = torch.randn(5, 3, *[side] * axes, generator=torch.Generator().manual_seed(1))
+    require_equal(network, batch_of(images, torch.randn_like(network(images)), [1, 3, 1]))
 
 
 @pytest.mark.parametrize("cases", [[1, 1, 1], [2, 1, 3]])
@@ -327,52 +317,6 @@ def test_detached_layers_have_their_own_forward_again() -> None:
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    cases=st.lists(st.integers(1, 3), min_size=1, max_size=5),
-    positions=st.integers(1, 3),
-    seed=st.integers(0, 2**31),
-    scale=st.sampled_from([1e-3, 1.0, 1e4]),
-    shape=st.sampled_from([(4, 5), (40, 50)]),
-)
-def test_no_patient_of_products_is_longer_than_its_norm_says(
-    cases: list[int], positions: int, seed: int, scale: float, shape: tuple[int, int]
-) -> None:
-    """Also where cases cancel: norms of products are differences of large numbers then. Those of the small
-    shape are taken of the gradients themselves, those of the large one mostly of Gram matrices."""
-    torch.manual_seed(seed)
-    rows, columns = shape
-    left = torch.randn(sum(cases), rows, positions) * scale
-    right = torch.randn(1, columns, positions).expand(sum(cases), -1, -1) + 1e-4 * torch.randn(
-        sum(cases), columns, positions
-    )
-    owners = torch.repeat_interleave(torch.arange(len(cases)), torch.tensor(cases))
-    first = torch.searchsorted(owners, torch.arange(len(cases)))
-    left[first] -= torch.zeros(len(cases), rows, positions).index_add_(
-        0, owners, left
-    )  # a patient's sum is 0
-    shares = (1.0 / torch.tensor(cases))[owners]
-    products = Products(left, right, torch.Size(shape), owners, shares, len(cases))
-    told = products.squared_norms().sqrt()
-    for patient in range(len(cases)):
-        alone = products.weighted_sum(torch.eye(len(cases))[patient])
-        assert float(alone.norm()) <= float(told[patient]) * (1 + 1e-5)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_patient_without_a_finite_gradient_counts_as_nothing_and_moves_no_other(bad: float) -> None:
-    owners, shares = torch.tensor([0, 1, 1, 2]), torch.tensor([1.0, 0.5, 0.5, 1.0])
-    left, right = torch.rand(4, 2, 1), torch.rand(4, 3, 1)
-    whole = Products(left.clone(), right, torch.Size([2, 3]), owners, shares, 3)
-    expected = whole.rows()
-    left[2, 0, 0] = bad
-    broken = Products(left, right, torch.Size([2, 3]), owners, shares, 3)
-    factors, kept = clip_factors([broken, Rows(torch.ones(3, 1))], bound=1e6)
-    assert factors.tolist() == [1.0, 0.0, 1.0]
-    torch.testing.assert_close(kept[0].weighted_sum(factors), expected[0] + expected[2])
-    assert kept[1].weighted_sum(factors).tolist() == [2.0]
-
-
 @pytest.mark.parametrize("changes", PARAMS)
 def test_nothing_of_a_batch_is_kept_when_its_contributions_are_gone(changes: dict[str, Any]) -> None:
     """Contributions may share memory with the graph that made them; such a ring is never collected."""
@@ -392,7 +336,8 @@ def alive() -> int:
     """How many books, contributions and parts of graphs there are in this process."""
     gc.collect()
     return sum(
-        isinstance(one, Book | Patches | Products | Rows | BackwardCFunction) for one in gc.get_objects()
+        isinstance(one, Book | Patches | Postponed | Products | Rows | BackwardCFunction)
+        for one in gc.get_objects()
     )
 
 
@@ -406,109 +351,13 @@ def test_contributions_are_no_part_of_a_graph(changes: dict[str, Any]) -> None:
     assert not any(one.requires_grad for one in told)
 
 
-@pytest.mark.parametrize("counts", [[1, 1, 1], [2, 1, 3], [2, 2], [0, 3, 1]])
-@pytest.mark.parametrize("positions", [1, 2, 9])
-@pytest.mark.parametrize("rows", [4, 40])
-def test_norms_of_products_and_patches_are_those_of_their_rows(
-    counts: list[int], positions: int, rows: int
-) -> None:
-    torch.manual_seed(0)
-    cases = sum(counts)
-    owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    shares = (1.0 / torch.tensor(counts).clamp(min=1))[owners]
-    of_patients = (owners, shares, len(counts))
-    left, right = torch.randn(cases, rows, positions), torch.randn(cases, 50, positions)
-    outer, inputs = torch.randn(cases, rows, 1, positions), torch.randn(cases, 3, 3, positions)
-    geometry = ((3, 1), (1, 1), (1, 1))
-    for found in (
-        Products(left, right, torch.Size([rows, 50]), *of_patients),
-        Patches(outer, inputs, geometry, torch.Size([rows, 3, 3, 3]), *of_patients),
-    ):
-        told, weights = found.rows(), torch.rand(len(counts))
-        torch.testing.assert_close(
-            found.squared_norms(), told.flatten(1).square().sum(dim=1), rtol=1e-4, atol=1e-4
-        )
-        torch.testing.assert_close(found.weighted_sum(weights), torch.einsum("p,p...->...", weights, told))
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    counts=st.lists(st.integers(1, 3), min_size=1, max_size=4),
-    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
-    stride=st.tuples(st.integers(1, 3), st.integers(1, 2)),
-    padding=st.tuples(st.integers(0, 2), st.integers(0, 1)),
-    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
-    size=st.tuples(st.integers(5, 7), st.integers(5, 6)),
-    seed=st.integers(0, 2**31),
-)
-def test_norms_of_patches_are_those_of_their_rows_for_every_geometry(
-    counts: list[int], kernel: Any, stride: Any, padding: Any, dilation: Any, size: Any, seed: int
-) -> None:
-    torch.manual_seed(seed)
-    layer = torch.nn.Conv2d(32, 64, kernel, stride, padding, dilation)  # large beside the Gram matrices
-    inputs = torch.randn(sum(counts), 32, *size)
-    outer = torch.randn_like(layer(inputs)).detach()
-    found = patches_of(outer, inputs, counts, geometry=(stride, padding, dilation), shape=layer.weight.shape)
-    told = found.rows().flatten(1).square().sum(dim=1)
-    torch.testing.assert_close(found.squared_norms(), told, rtol=1e-4, atol=1e-4)
-
-
-def test_patches_are_cut_only_where_gram_matrices_would_be_larger(monkeypatch: pytest.MonkeyPatch) -> None:
-    cut: list[int] = []
-    unfold = torch.nn.functional.unfold
-
-    def noted(inputs: torch.Tensor, *geometry: Any) -> torch.Tensor:
-        cut.append(len(inputs))
-        return unfold(inputs, *geometry)
-
-    monkeypatch.setattr(torch.nn.functional, "unfold", noted)
-    geometry, shape = ((1, 1), (1, 1), (1, 1)), torch.Size([64, 64, 3, 3])
-    for cases in (1, 2, 3, 30):
-        sides = torch.randn(cases, 64, 4, 4), torch.randn(cases, 64, 4, 4)
-        patches_of(*sides, [cases], geometry=geometry, shape=shape).squared_norms()
-    assert cut == [3, 30]
-
-
-def patches_of(
-    outer: torch.Tensor, inputs: torch.Tensor, counts: list[int], *, geometry: Any, shape: torch.Size
-) -> Patches:
-    """Of patients with so many cases each, one at least."""
-    owners = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    shares = (1.0 / torch.tensor(counts))[owners]
-    return Patches(outer, inputs, geometry, shape, owners, shares, len(counts))
-
-
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_no_patient_of_patches_is_longer_than_its_norm_says_where_its_cases_cancel(scale: float) -> None:
-    torch.manual_seed(0)
-    inputs = torch.randn(1, 64, 4, 4).expand(4, -1, -1, -1) + 1e-4 * torch.randn(4, 64, 4, 4)
-    outer = torch.randn(2, 64, 4, 4) * scale
-    found = patches_of(
-        torch.cat([outer, -outer])[[0, 2, 1, 3]],
-        inputs,
-        [2, 2],
-        geometry=((1, 1), (1, 1), (1, 1)),
-        shape=torch.Size([64, 64, 3, 3]),
-    )
-    for patient, told in enumerate(found.squared_norms().sqrt()):
-        alone = found.weighted_sum(torch.eye(2)[patient])
-        assert float(alone.norm()) <= float(told) * (1 + 1e-5)
-
-
-def test_sums_done_together_are_those_of_each_parameter() -> None:
-    """Short rows, rows of exactly as many numbers and of one more, and what is no rows."""
-    torch.manual_seed(0)
-    owners, shares = torch.arange(3), torch.ones(3)
-    products = Products(torch.randn(3, 4, 2), torch.randn(3, 5, 2), torch.Size([4, 5]), owners, shares, 3)
-    rows = [Rows(torch.randn(3, *shape)) for shape in ((), (2, 3), (SHORT,), (SHORT + 1,), (1, 7))]
-    contributions = [rows[0], products, *rows[1:]]
-    weights = torch.rand(3)
-    expected = [one.weighted_sum(weights) for one in contributions]
-    together = torch.cat([one.rows().reshape(3, -1) for one in contributions], dim=1).norm(dim=1)
-    factors, same = clip_factors(contributions, bound=1.0)  # shorter than all: each norm decides
-    torch.testing.assert_close(factors, 1.0 / together, rtol=1e-5, atol=0.0)
-    assert same is contributions
-    found = weighted_sums(contributions, weights)
-    assert contributions == []
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other.flatten())
+@pytest.mark.parametrize("side, is_postponed", [(6, True), (30, False)])
+def test_rows_wait_while_what_they_are_made_of_is_smaller(side: int, is_postponed: bool) -> None:
+    """While the backward pass goes on, the network's activations are in memory."""
+    network = nn.Sequential(nn.Conv2d(32, 16, 3, padding=1), nn.Flatten(), nn.Linear(16 * side**2, 2))
+    batch = batch_of(torch.randn(3, 32, side, side), torch.randn(3, 2), [1, 2])
+    keeping = BookKeeping(network)
+    (weights, *_), _ = keeping.contributions(batch, losses=summed)
+    assert isinstance(weights, Postponed) == is_postponed
+    keeping.detach()
+    require_equal(network, batch)
