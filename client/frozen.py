@@ -52,10 +52,18 @@ class Sources(Collection[FrozenCase]):
         return self._length
 
     def __iter__(self) -> Iterator[FrozenCase]:
-        return map(_frozen_case, json.loads(zlib.decompress(self._packed)))
+        return map(_frozen_case, self._rows())
 
     def __contains__(self, case: object) -> bool:
         return any(one == case for one in self)
+
+    def columns(self) -> tuple[list[list[str]], list[str], list[str]]:
+        """Returns images, patient and content of every case: no case is made for it."""
+        rows = self._rows()
+        return [row[0] for row in rows], [row[1] for row in rows], [row[5] for row in rows]
+
+    def _rows(self) -> list[list[Any]]:
+        return list(json.loads(zlib.decompress(self._packed)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from client import files
-from client.frozen import FrozenCase
+from client.frozen import Sources
 from client.site import Site
 from common.errors import StateError
 
 FILE = "used_cases.parquet"
-KEY = ("images", "patient", "content", "part", "cohort_version", "plan_hash")
+SAME = ("part", "cohort_version", "plan_hash")
+"""Columns that say the same of all cases of a task."""
+KEY = ("images", "patient", "content", *SAME)
 COLUMNS = (*KEY, "first_used")
 
 Key = tuple[tuple[str, ...], str, str, str, str, str]
@@ -40,9 +41,7 @@ class Use:
     first_used: datetime
 
 
-def record(
-    directory: Path, *, plan_hash: str, part: str, cohort_version: str, cases: Iterable[FrozenCase]
-) -> None:
+def record(directory: Path, *, plan_hash: str, part: str, cohort_version: str, cases: Sources) -> None:
     """Adds to a run's file the cases that it does not have yet; nothing is ever taken out.
 
     Args:
@@ -52,15 +51,17 @@ def record(
         StateError: the file is damaged; it is left as it is.
     """
     path = directory / FILE
-    keys = [_key(one, part, cohort_version, plan_hash) for one in cases]
-    if not path.exists():
-        files.write_private(path, content=_content(None, keys))
-        return
-    before = _read(path)
-    known = set(_keys(before))
-    new = [key for key in keys if key not in known]
-    if new:
-        files.write_private(path, content=_content(before, new))
+    table = _table(cases, part=part, cohort_version=cohort_version, plan_hash=plan_hash)
+    if path.exists():
+        import pyarrow
+
+        before = _read(path)
+        known = set(_keys(before))
+        table = table.filter([key not in known for key in _keys(table)])
+        if not table.num_rows:
+            return
+        table = pyarrow.concat_tables([before, table])
+    files.write_private(path, content=_content(table))
 
 
 def find(site: Site, *, patient: str) -> tuple[Use, ...]:
@@ -90,8 +91,15 @@ def _uses(path: Path, patient: str) -> list[Use]:
     ]
 
 
-def _key(one: FrozenCase, part: str, cohort_version: str, plan_hash: str) -> Key:
-    return (one.case.images, one.case.patient, one.content, part, cohort_version, plan_hash)
+def _table(cases: Sources, **same: str) -> Any:
+    """Returns a row for each case; its use begins now."""
+    import pyarrow  # takes longer to import than the file to write
+
+    images, patients, contents = cases.columns()
+    alike = [pyarrow.repeat(same[name], len(images)) for name in SAME]
+    now = pyarrow.scalar(datetime.now(UTC), type=_schema().field("first_used").type)
+    columns = [images, patients, contents, *alike, pyarrow.repeat(now, len(images))]
+    return pyarrow.table(columns, schema=_schema())
 
 
 def _keys(table: Any) -> list[Key]:
@@ -99,16 +107,11 @@ def _keys(table: Any) -> list[Key]:
     return list(zip(map(tuple, images), *others, strict=True))
 
 
-def _content(before: Any, new: Sequence[Key]) -> bytes:
-    """Returns the file with the rows of before and the new ones, which begin now."""
-    import pyarrow  # takes longer to import than the file to write
+def _content(table: Any) -> bytes:
     from pyarrow import parquet
 
-    columns: list[list[Any]] = [[key[place] for key in new] for place in range(len(KEY))]
-    columns.append([datetime.now(UTC)] * len(new))
-    added = pyarrow.table(columns, schema=_schema())
     stream = io.BytesIO()
-    parquet.write_table(added if before is None else pyarrow.concat_tables([before, added]), stream)
+    parquet.write_table(table, stream, use_dictionary=list(SAME), write_statistics=False)
     return stream.getvalue()
 
 

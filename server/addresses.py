@@ -5,6 +5,9 @@ One name may have two nodes while the site's key is renewed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from flwr.serverapp import Grid
 
 
@@ -15,13 +18,22 @@ class Addresses:
         self._grid = grid
         self._names: dict[int, str] = {}
         self._arrivals: dict[int, str] = {}
+        self._latest: list[Any] = []
+        self._online: dict[int, str] = {}
 
-    def online(self) -> dict[int, str]:
+    def online(self) -> Mapping[int, str]:
         """Returns the nodes that are online with their names, "" where the grid gives none.
 
-        Of two nodes of one name it is the one that was registered last.
+        Of two nodes of one name it is the one that was registered last. The mapping is that of the last look
+        itself where nothing has changed since.
         """
-        nodes = sorted(self._grid.get_nodes(), key=lambda node: str(getattr(node, "registered_at", "")))
+        latest = list(self._grid.get_nodes())
+        if latest != self._latest:
+            self._latest, self._online = latest, self._looked_at(latest)
+        return self._online
+
+    def _looked_at(self, latest: list[Any]) -> dict[int, str]:
+        nodes = sorted(latest, key=lambda node: str(getattr(node, "registered_at", "")))
         found = {node.node_id: str(getattr(node, "name", "")) for node in nodes}
         self._names |= found
         self._arrivals |= {node.node_id: str(getattr(node, "last_activated_at", "")) for node in nodes}

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -116,6 +117,33 @@ class RunState:
 _STATE = TypeAdapter(RunState)
 
 
+class _Entries:
+    """The JSON of a mapping. Its values do not change, so a value that was there the last time is not written
+    down again: of many sites few have something new in a round.
+    """
+
+    def __init__(self, kind: type) -> None:
+        self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
+        self._known: dict[str, tuple[object, bytes]] = {}
+
+    def json(self, values: Mapping[str, object]) -> bytes:
+        """Returns the JSON of an object."""
+        last = self._known
+        self._known = {
+            name: known
+            if (known := last.get(name)) is not None and known[0] is value
+            else (value, self._entry(name, value))
+            for name, value in values.items()
+        }
+        return b"{" + b",".join([text for _, text in self._known.values()]) + b"}"
+
+    def _entry(self, name: str, value: object) -> bytes:
+        return json.dumps(name).encode() + b":" + self._adapter.dump_json(value)
+
+
+_ENTRIES = {"sites": _Entries(Prepared), "attendance": _Entries(Attendance)}
+
+
 def save_state(directory: Path, state: RunState) -> None:
     """Writes ``checkpoints/<round>/``; after a crash it is there whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -124,7 +152,7 @@ def save_state(directory: Path, state: RunState) -> None:
     temporary.mkdir()
     tensors = {name: getattr(state, name) for name in _TENSORS if getattr(state, name) is not None}
     parameters = save(tensors)
-    text = f'{{"schema": {SCHEMA}, '.encode() + _STATE.dump_json(state, exclude=set(_TENSORS))[1:]
+    text = _text(state)
     _write(temporary / "parameters.safetensors", parameters)
     _write(temporary / "state.json", marked(text, parameters=parameters))
     final = directory / f"{state.server_round:06d}"
@@ -133,6 +161,13 @@ def save_state(directory: Path, state: RunState) -> None:
     durable.sync_directory(directory)
     for old in _saved(directory)[:-_KEPT]:
         shutil.rmtree(old)
+
+
+def _text(state: RunState) -> bytes:
+    """Returns the JSON of a state without its tensors."""
+    entries = [f'"{name}":'.encode() + one.json(getattr(state, name)) for name, one in _ENTRIES.items()]
+    rest = _STATE.dump_json(state, exclude={*_TENSORS, *_ENTRIES})
+    return f'{{"schema": {SCHEMA}, '.encode() + b",".join([*entries, rest[1:]])
 
 
 def marked(text: bytes, *, parameters: bytes) -> bytes:

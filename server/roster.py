@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -41,6 +41,8 @@ class Roster:
         self._attempts: Counter[int] = Counter()
         self._asked = time.monotonic()
         self._ask_again = 0.0
+        self._settled: Mapping[int, str] | None = None  # the nodes that are online, if none is left to ask
+        self._takers: dict[str, dict[str, int]] = {}  # by purpose, as long as nothing changes
         self.sites: dict[str, Prepared] = {}
         """Every site that answered, by name."""
 
@@ -75,12 +77,18 @@ class Roster:
         key was renewed: it is the same site.
         """
         online = self._nodes()
+        if online is self._settled:
+            return
         known = {node: name for node, name in online.items() if name in self.sites}
         self._names |= known
         self._reached |= {name: node for node, name in known.items()}
+        self._takers.clear()
         newcomers = {node: name for node, name in online.items() if self._is_to_ask(node)}
-        if not newcomers:
-            return
+        if newcomers:
+            self._ask(newcomers)
+        self._settled = None if any(map(self._is_left, online)) else online
+
+    def _ask(self, newcomers: Mapping[int, str]) -> None:
         task = Task(
             run=self._run,
             plan_hash=self._plan.hash,
@@ -107,28 +115,34 @@ class Roster:
         self._ask_again = now + pause_seconds(now - self._asked)
 
     def _is_to_ask(self, node: int) -> bool:
+        return self._is_left(node) and (node not in self._names or time.monotonic() >= self._ask_again)
+
+    def _is_left(self, node: int) -> bool:
+        """Says whether a node is to be asked now or later: it has not decided yet."""
         if self._attempts[node] >= _ATTEMPTS:
             return False
-        if node not in self._names:
-            return True
-        is_waiting = self.sites[self._names[node]].status == "waiting"
-        return is_waiting and time.monotonic() >= self._ask_again
+        return node not in self._names or self.sites[self._names[node]].status == "waiting"
 
     def strike(self, names: Collection[str]) -> None:
         """Asks these sites no more: they were revoked. One that is enrolled again comes with the next run."""
         for name in self.sites.keys() & names:
             self.sites[name] = replace(self.sites[name], status=REVOKED)
+            self._takers.clear()
 
     def name(self, node: int) -> str:
         """Returns the name of a site's node."""
         known = self._mailbox.addresses.name(node)
         return self._names.get(node, known if known in self.sites else f"node {node}")
 
-    def nodes(self, purpose: str) -> dict[str, int]:
+    def nodes(self, purpose: str) -> Mapping[str, int]:
         """Returns the nodes to ask, in the order of site names: "train", a part to evaluate, or "deliver"."""
-        return {
-            name: self._reached[name] for name in sorted(self._reached) if _takes(self.sites[name], purpose)
-        }
+        if purpose not in self._takers:
+            self._takers[purpose] = {
+                name: self._reached[name]
+                for name in sorted(self._reached)
+                if _takes(self.sites[name], purpose)
+            }
+        return self._takers[purpose]
 
     def _admit(self, node: int, *, enrolled: str, reply: Message | None) -> None:
         is_answer = reply is not None and not reply.has_error()
@@ -149,6 +163,7 @@ class Roster:
             self._trail.record("site_rejected", site=enrolled or f"node {node}", code=problem.code)
             return
         self._heads.keep(prepared.site, head)
+        self._takers.clear()
         self._reach(node, prepared.site)
         self._attempts[node] = 0
         former = self.sites.get(prepared.site)
@@ -172,7 +187,7 @@ class Roster:
         except PrivacyTargetError:
             raise InvalidReply("unreachable_target") from None
 
-    def _nodes(self) -> dict[int, str]:
+    def _nodes(self) -> Mapping[int, str]:
         """Node ids on the grid with the enrolled name, "" where the grid gives none."""
         return self._mailbox.addresses.online()
 

@@ -120,9 +120,7 @@ class Rounds:
         count, state = self._plan.sites_per_round, self.state
         if purpose != "train" or count is None:
             return list(nodes.values())
-        found = draw(
-            nodes, turns=state.turns, count=count, key=state.turns_key, server_round=state.server_round + 1
-        )
+        found = draw(nodes, turns=state.turns, count=count, key=state.turns_key)
         self.state = replace(state, turns=dict(found.turns))
         return [nodes[name] for name in found.names]
 
@@ -336,13 +334,14 @@ class Rounds:
 
     def _count_bytes(self) -> Bytes:
         """Adds to each site's bytes what has crossed the network since the last call; returns the sum."""
-        total = Bytes()
+        total, attendance = Bytes(), dict(self.state.attendance)
         for node, found in self._mailbox.bytes().items():
             name = self._roster.name(node)
-            seen = self._attendance(name)
+            seen = attendance.get(name, Attendance())
             down, up = seen.bytes_down + found.down, seen.bytes_up + found.up
-            self._attend(name, replace(seen, bytes_down=down, bytes_up=up))
+            attendance[name] = replace(seen, bytes_down=down, bytes_up=up)
             total = Bytes(down=total.down + found.down, up=total.up + found.up)
+        self.state = replace(self.state, attendance=attendance)
         return total
 
     def _note_asked(self, event: str, messages: list[Message], task: Task, **more: Any) -> None:

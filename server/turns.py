@@ -9,6 +9,7 @@ import hashlib
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from common.plan import Plan
 
@@ -29,9 +30,7 @@ class Drawn:
     turns: Mapping[str, int]
 
 
-def draw(
-    names: Collection[str], *, turns: Mapping[str, int], count: int, key: str, server_round: int
-) -> Drawn:
+def draw(names: Collection[str], *, turns: Mapping[str, int], count: int, key: str) -> Drawn:
     """Draws the sites of a round at random among those whose turn it is.
 
     The sites go round: all have had a turn before one has the next. So of n sites that stay none is asked
@@ -43,17 +42,18 @@ def draw(
         turns: how many turns each site had that was ever asked, those before it came included.
         key: see ``key_of``. The draw is a function of the arguments.
     """
-    latest = max((turns[name] for name in names if name in turns), default=0)
-    waiting = {name: max(turns.get(name, 0), latest - 1) for name in names}
+    least = max((turns[name] for name in names if name in turns), default=0) - 1
+    waiting = {name: turn if (turn := turns.get(name, 0)) > least else least for name in names}
     chosen: list[str] = []
     for turn in sorted(set(waiting.values())):
         if len(chosen) < count:  # only those are ranked among whom is drawn
             here = [name for name in names if waiting[name] == turn]
-            here.sort(key=lambda name: _rank(name, key=key, server_round=server_round))
+            here.sort(key=lambda name: _rank(name, key=key, turn=turn))
             chosen += here[: count - len(chosen)]
     chosen.sort()
     return Drawn(names=tuple(chosen), turns={**turns, **{name: waiting[name] + 1 for name in chosen}})
 
 
-def _rank(name: str, *, key: str, server_round: int) -> bytes:
-    return hashlib.sha256(f"{key} {server_round} {name}".encode()).digest()
+@lru_cache(maxsize=4096)  # a turn lasts for several rounds
+def _rank(name: str, *, key: str, turn: int) -> bytes:
+    return hashlib.sha256(f"{key} {turn} {name}".encode()).digest()

@@ -143,7 +143,7 @@ def again(site: Site, asked: Plan) -> None:
             plan_hash=asked.hash,
             part="train",
             cohort_version=listed.version,
-            cases=cases_of(site, "train"),
+            cases=frozen.Sources(cases_of(site, "train")),
         )
 
 
@@ -224,13 +224,13 @@ import sys
 from pathlib import Path
 from client import run_folder, usage
 from client.case import Case
-from client.frozen import FrozenCase
+from client.frozen import FrozenCase, Sources
 from client.site import open_site
 site = open_site(Path(sys.argv[1]))
 for number in range(8):
     case = FrozenCase(case=Case(images=(f"{sys.argv[2]}-{number}.png",), patient=sys.argv[2]), content="c")
     with run_folder.opened(site, run="run-1") as folder:
-        usage.record(folder, plan_hash="p", part="train", cohort_version="v", cases=[case])
+        usage.record(folder, plan_hash="p", part="train", cohort_version="v", cases=Sources([case]))
 """
 
 

@@ -181,3 +181,21 @@ def test_a_state_of_a_newer_version_is_refused_and_no_older_one_is_taken_instead
     resaved(tmp_path, schema=checkpoint.SCHEMA + 1, momentum=[1.0])
     with pytest.raises(SchemaError, match="at most, found .: a newer Feverfew wrote it"):
         saved(tmp_path)
+
+
+def test_what_changed_from_one_round_to_the_next_is_in_the_newer_checkpoint(tmp_path: Path) -> None:
+    """What did not change is not written down again. Each change must be seen: of a value, of the sites, of
+    their order."""
+    names = [f'site-{number} "\u00fc' for number in range(5)]
+    sites = {name: replace(PREPARED, site=name) for name in names}
+    attendance = {name: Attendance(valid=1) for name in names}
+    first = replace(state(1), sites=sites, attendance=attendance)
+    again = dict(reversed(attendance.items())) | {names[2]: Attendance(valid=2).with_problem("missing")}
+    fewer = {name: sites[name] for name in names[:4]} | {names[0]: replace(PREPARED, status="declined")}
+    second = replace(state(2), sites=fewer, attendance=again)
+    for asked in (first, second, first):
+        checkpoint.save_state(tmp_path, asked)
+        found = checkpoint._load(tmp_path / f"{asked.server_round:06d}")
+        assert found is not None
+        assert list(found.sites.items()) == list(asked.sites.items())
+        assert list(found.attendance.items()) == list(asked.attendance.items())

@@ -24,8 +24,8 @@ from tests.test_server_rounds import run, site, tiny_plan
 def drawn(names: Sequence[str], *, count: int, rounds: int, key: str = "k") -> list[tuple[str, ...]]:
     turns: dict[str, int] = {}
     found = []
-    for server_round in range(1, rounds + 1):
-        one = draw(names, turns=turns, count=count, key=key, server_round=server_round)
+    for _ in range(rounds):
+        one = draw(names, turns=turns, count=count, key=key)
         found.append(one.names)
         turns = dict(one.turns)
     return found
@@ -62,9 +62,9 @@ def test_sites_come_and_go_and_nobody_is_asked_twice_before_those_that_stay(data
     stays, others = named(6), [f"other-{number}" for number in range(6)]
     turns: dict[str, int] = {}
     asked: Counter[str] = Counter()
-    for server_round in range(1, 20):
+    for _ in range(1, 20):
         there = [*stays, *data.draw(st.lists(st.sampled_from(others), unique=True))]
-        one = draw(there, turns=turns, count=2, key="k", server_round=server_round)
+        one = draw(there, turns=turns, count=2, key="k")
         turns = dict(one.turns)
         asked.update(one.names)
         counts = [asked[name] for name in stays]
@@ -75,10 +75,10 @@ def test_sites_come_and_go_and_nobody_is_asked_twice_before_those_that_stay(data
 
 def test_a_newcomer_is_asked_once_and_waits_for_its_next_turn() -> None:
     turns = dict.fromkeys(named(4), 7)
-    first = draw([*named(4), "new"], turns=turns, count=1, key="k", server_round=1)
+    first = draw([*named(4), "new"], turns=turns, count=1, key="k")
     assert first.names == ("new",) and first.turns["new"] == 7
-    second = draw([*named(4), "new"], turns=first.turns, count=4, key="k", server_round=2)
-    third = draw([*named(4), "new"], turns=second.turns, count=1, key="k", server_round=3)
+    second = draw([*named(4), "new"], turns=first.turns, count=4, key="k")
+    third = draw([*named(4), "new"], turns=second.turns, count=1, key="k")
     assert set(second.names) | set(third.names) == {*named(4), "new"}
 
 
@@ -152,7 +152,8 @@ def test_the_draw_is_the_beginning_of_all_sites_in_order_of_turns_and_then_of_ra
     latest = max((turns[name] for name in names if name in turns), default=0)
 
     def place(name: str) -> tuple[int, bytes]:
-        return max(turns.get(name, 0), latest - 1), _rank(name, key="k", server_round=3)
+        turn = max(turns.get(name, 0), latest - 1)
+        return turn, _rank(name, key="k", turn=turn)
 
-    found = draw(names, turns=turns, count=count, key="k", server_round=3)
+    found = draw(names, turns=turns, count=count, key="k")
     assert found.names == tuple(sorted(sorted(names, key=place)[:count]))
