@@ -81,6 +81,8 @@ def locked(path: Path) -> Iterator[int]:
 
 def sync_directory(directory: Path) -> None:
     """Makes durable which files a directory has."""
+    if not _waits.get():
+        return
     handle = os.open(directory, os.O_RDONLY)
     try:
         sync(handle)
