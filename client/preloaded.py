@@ -35,3 +35,4 @@ if is_fork_server():
     gc.freeze()
     gc.set_threshold(*USUAL)
     go_on_as_a_child()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a process begins with

@@ -288,7 +288,7 @@ def _serve(
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
     gc.freeze()  # a task makes many objects of its own; the million of what is imported need no looking at
-    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has closed its end
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has closed its end
         while True:
             first = connection.recv_bytes()
             if first == PING:

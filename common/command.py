@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Final
 
 from common.errors import FeverfewError, UserError
+
+INTERRUPTED: Final = 130
 
 
 def exit_code(action: Callable[[], int], *, command: str, tell: Callable[[str], None] | None = None) -> int:
@@ -25,4 +28,4 @@ def exit_code(action: Callable[[], int], *, command: str, tell: Callable[[str], 
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         say(f"{command}: interrupted")
-        return 130
+        return INTERRUPTED

@@ -1,7 +1,7 @@
 """The process that carries the runs of a simulation: the coordinator's half, and the owner of the workers.
 
 It and the workers are forked from one process that has imported what all of them need: it is imported once,
-and is in memory once. What was typed is checked before, in a process that imports little.
+and is in memory once. What was typed is checked meanwhile, in a process that imports little.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
+import signal
+import tempfile
 import threading
 import traceback
 from collections.abc import Sequence
@@ -20,12 +23,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from client import crew
 from client.memory import forkserver
-from common.command import exit_code
+from common.command import INTERRUPTED, exit_code
 from common.errors import RunError
-from common.plan import NoPrivacy, Plan
-from simulations.settings import Settings
+from simulations import awaited
 
 if TYPE_CHECKING:  # what takes long to import is imported in the process that all others are forked from
+    from common.plan import Plan
+    from simulations.settings import Settings
     from simulations.workers import Workers
 
 # pyarrow has a pool of threads, which it makes anew after a fork; no work has been given to it before.
@@ -33,7 +37,8 @@ _SHARED = ("simulations.simulation", "client.app", "pyarrow.parquet")
 
 
 class Carrier:
-    """One process for the runs of a command, started with the first.
+    """One process for the runs of a command, started with the first; what it needs is imported from the
+    beginning of the ``with`` block on.
 
     Args:
         command: named in messages.
@@ -43,22 +48,37 @@ class Carrier:
         self._command = command
         self._process: Any = None
         self._connection: Connection | None = None
+        self._place: Any = None
+        self._is_prepared = False
 
     def __enter__(self) -> Self:
+        self._place = tempfile.TemporaryDirectory(prefix="feverfew-")
+        awaited.announce(self._told)
+        forkserver(preload=["client.preloading", *_SHARED, "simulations.awaited", "client.preloaded"])
+        server.ensure_running()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._connection is not None:
+        if self._connection is None:
+            _end_the_fork_server()
+        else:
             self._connection.close()  # it reads the end, ends the workers and leaves
             self._process.join()
+        forkserver()  # another that is started in this process waits for nobody
+        self._place.cleanup()
 
     def prepare(self, plan: Plan) -> None:
-        """Lets what runs of such plans need be imported while this process does something else."""
-        private = () if isinstance(plan.privacy, NoPrivacy) else ("client.clipping",)
-        forkserver(preload=["client.preloading", *_SHARED, *private, "client.preloaded"])
-        server.ensure_running()
+        """Lets what runs of such plans need besides be imported; of several plans, what the first needs."""
+        if not self._is_prepared:
+            private = () if plan.privacy.mechanism == "none" else ("client.clipping",)
+            awaited.tell(self._told, modules=private)
+            self._is_prepared = True
+
+    @property
+    def _told(self) -> Path:
+        return Path(self._place.name) / "modules"
 
     def run(
         self, plan: Plan, sites: Sequence[Path], *, settings: Settings, directory: Path, log: Path
@@ -94,11 +114,12 @@ class Carrier:
             ) from None
 
     def _begin(self) -> None:
-        self._connection, theirs = multiprocessing.Pipe()
+        ours, theirs = multiprocessing.Pipe()
         context: Any = multiprocessing.get_context("forkserver")
-        self._process = context.Process(target=_serve, args=(theirs, self._command))
-        self._process.start()
+        process = context.Process(target=_serve, args=(theirs, self._command))
+        process.start()  # waits until all is imported
         theirs.close()
+        self._connection, self._process = ours, process
 
 
 def _serve(connection: Connection, command: str) -> None:
@@ -119,6 +140,13 @@ def _serve(connection: Connection, command: str) -> None:
         pool.close()
 
 
+def _end_the_fork_server() -> None:
+    """Ends it in the middle of what it imports: nobody needs it."""
+    ours: Any = server._forkserver
+    os.kill(ours._forkserver_pid, signal.SIGKILL)
+    ours._stop()
+
+
 def _share_the_fork_server() -> None:
     """Lets the workers come from the process that this one comes from.
 
@@ -131,17 +159,22 @@ def _share_the_fork_server() -> None:
 
 
 def _run(told: dict[str, Any], pools: dict[str, Workers]) -> int:
+    from common.plan import Plan
+    from simulations.settings import Settings
     from simulations.simulation import show, simulate
     from simulations.workers import Workers
 
     pool = pools.setdefault(told["log"], Workers(log=Path(told["log"])))
     directory = Path(told["directory"])
-    report = simulate(
-        Plan.from_json(told["plan"]),
-        [Path(path) for path in told["sites"]],
-        settings=Settings.model_validate(told["settings"]),
-        directory=directory,
-        pool=pool,
-    )
+    try:
+        report = simulate(
+            Plan.from_json(told["plan"]),
+            [Path(path) for path in told["sites"]],
+            settings=Settings.model_validate(told["settings"]),
+            directory=directory,
+            pool=pool,
+        )
+    except KeyboardInterrupt:
+        return INTERRUPTED  # the command gets the signal too, and says so
     show(report, directory=directory)
     return 0

@@ -10,7 +10,9 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -20,6 +22,7 @@ from typing import Any
 from filelock import FileLock
 from rich.console import Console
 
+from client import crew
 from client.site import open_site
 from common.errors import DataError
 from simulations.site_files import write_site
@@ -144,7 +147,11 @@ def _write_all(directory: Path, *, source: WrittenSource, num_workers: int | Non
     with ProcessPoolExecutor(
         num_workers, mp_context=context, initializer=_begin, initargs=(directory, replace(source))
     ) as pool:
-        list(pool.map(_write_one, names, chunksize=_CHUNK))
+        # Ctrl-C reaches a new process too, which would say so with a page of text while it imports.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        written = pool.map(_write_one, names, chunksize=_CHUNK)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        list(written)
 
 
 _CHUNK = 4  # sites that a process takes at a time; they differ in size
@@ -153,6 +160,9 @@ _begun: list[tuple[Path, WrittenSource]] = []
 
 
 def _begin(directory: Path, source: WrittenSource) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    threading.Thread(target=crew.die_with_parent, daemon=True).start()
     _begun[:] = [(directory, source)]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from simulations import run
+from simulations.__main__ import main
 
 
 def require_one_clear_line(
@@ -22,7 +22,7 @@ def require_one_clear_line(
     monkeypatch.chdir(place)
     monkeypatch.setattr(sys, "argv", ["feverfew-simulate", *overrides])
     with pytest.raises(SystemExit) as ended:
-        run.main()
+        main()
     told = capsys.readouterr().err.strip()
     assert ended.value.code == 2, told
     assert len(told.splitlines()) == 1, told
