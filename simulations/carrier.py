@@ -62,12 +62,16 @@ class Carrier:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._connection is None:
-            _end_the_fork_server()
+            self.dismiss()
         else:
             self._connection.close()  # it reads the end, ends the workers and leaves
             self._process.join()
-        forkserver()  # another that is started in this process waits for nobody
         self._place.cleanup()
+
+    def dismiss(self) -> None:
+        """Ends what was begun: nobody needs what is being imported."""
+        _end_the_fork_server()
+        forkserver()  # one that is started later in this process imports and waits for nothing
 
     def prepare(self, plan: Plan) -> None:
         """Lets what runs of such plans need besides be imported; of several plans, what the first needs."""
@@ -141,10 +145,10 @@ def _serve(connection: Connection, command: str) -> None:
 
 
 def _end_the_fork_server() -> None:
-    """Ends it in the middle of what it imports: nobody needs it."""
     ours: Any = server._forkserver
-    os.kill(ours._forkserver_pid, signal.SIGKILL)
-    ours._stop()
+    if ours._forkserver_pid is not None:
+        os.kill(ours._forkserver_pid, signal.SIGKILL)  # in the middle of what it imports
+        ours._stop()
 
 
 def _share_the_fork_server() -> None:

@@ -13,8 +13,9 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,11 +148,20 @@ def _write_all(directory: Path, *, source: WrittenSource, num_workers: int | Non
     with ProcessPoolExecutor(
         num_workers, mp_context=context, initializer=_begin, initargs=(directory, replace(source))
     ) as pool:
-        # Ctrl-C reaches a new process too, which would say so with a page of text while it imports.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        written = pool.map(_write_one, names, chunksize=_CHUNK)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        with _interrupted_later():
+            written = pool.map(_write_one, names, chunksize=_CHUNK)
         list(written)
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Holds back Ctrl-C from here and from processes that begin within: it reaches those too, which would say
+    so with a page of text while they import."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 _CHUNK = 4  # sites that a process takes at a time; they differ in size

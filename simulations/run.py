@@ -43,8 +43,8 @@ def _job(config: DictConfig, carrier: Carrier) -> int:
     plan = plan_of(tree)
     directory = Path(HydraConfig.get().runtime.output_dir)
     require_resumable(settings, directory=directory)
-    carrier.prepare(plan)
     if settings.attack is not None:
+        carrier.dismiss()
         from simulations import attack  # torch takes seconds: not for a typing error
 
         attack.require_attackable(plan, settings)
@@ -52,6 +52,7 @@ def _job(config: DictConfig, carrier: Carrier) -> int:
         found = attack.run(plan, sites, attack=settings.attack, directory=directory)
         attack.show(found, directory=directory)
         return 0
+    carrier.prepare(plan)
     sites = prepare_sites(Path(settings.sites_directory), source=source)
     return carrier.run(plan, sites, settings=settings, directory=directory, log=_log(directory))
 
