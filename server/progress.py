@@ -51,8 +51,8 @@ class Progress:
                 self._bars.update(self._rounds, description=f"round {number} is under way")
             case {"event": "run_finished"}:
                 self._bars.update(self._rounds, description="finished")
-            case {"event": "run_failed", "status": status}:
-                self._bars.update(self._rounds, description=f"failed: {status}")
+            case {"event": "run_failed", "status": str(status)}:
+                self._bars.update(self._rounds, description=status.replace("_", " "))
             case {"event": "site_prepared", "site": site, "status": "waiting"}:
                 self._tell(f"{site} has not approved the plan yet")
             case {"event": "approval_awaited", "seconds": float(seconds)} if seconds > 0:

@@ -174,6 +174,16 @@ def test_a_follower_gives_up_when_the_coordinator_is_away_and_says_that_the_run_
         submission.follow(home, Followed(run="run-1", events_bytes=0), show=print)
 
 
+@pytest.mark.parametrize(
+    ("status", "told"), [("failed", "0:00:00 failed"), ("quorum_not_reached", "0:00:00 quorum not reached")]
+)
+def test_progress_says_once_how_a_run_ended(status: str, told: str) -> None:
+    shown = io.StringIO()
+    with Progress(num_rounds=2, console=Console(file=shown, width=200)) as progress:
+        progress.show({"event": "run_failed", "status": status})
+    assert shown.getvalue().rstrip().endswith(told)
+
+
 def test_progress_tells_what_went_wrong_in_lines_that_stay() -> None:
     shown = io.StringIO()
     with Progress(num_rounds=2, console=Console(file=shown, width=200)) as progress:
