@@ -16,7 +16,7 @@ import signal
 import sys
 from typing import Final
 
-from client.preloading import USUAL, is_fork_server
+from client.preloading import INTERRUPT, USUAL, is_fork_server
 
 _WAIT: Final = "import os, sys; os.waitpid(int(sys.argv[1]), 0)"
 
@@ -35,4 +35,4 @@ if is_fork_server():
     gc.freeze()
     gc.set_threshold(*USUAL)
     go_on_as_a_child()
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a process begins with
+    signal.signal(signal.SIGINT, INTERRUPT)  # what a process begins with

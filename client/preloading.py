@@ -14,6 +14,7 @@ from multiprocessing import forkserver
 from typing import Final
 
 USUAL: Final = gc.get_threshold()
+INTERRUPT: Final = signal.getsignal(signal.SIGINT)
 _NEVER: Final = 2**30
 
 

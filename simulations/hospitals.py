@@ -170,7 +170,8 @@ _begun: list[tuple[Path, WrittenSource]] = []
 
 
 def _begin(directory: Path, source: WrittenSource) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in the background of a script
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=crew.die_with_parent, daemon=True).start()
     _begun[:] = [(directory, source)]

@@ -18,10 +18,21 @@ ENDS_SECONDS = 20.0
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which processes there are")
 
 
-def begun(place: Path, *overrides: str) -> subprocess.Popen[str]:
-    """The command, with a group of processes of its own, as a terminal gives it."""
+BEGIN = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN if sys.argv[1] == "ignored" else signal.SIG_DFL)
+os.execv(sys.executable, [sys.executable, "-m", "simulations", *sys.argv[2:]])
+"""
+
+
+def begun(place: Path, *overrides: str, interrupt: str = "default") -> subprocess.Popen[str]:
+    """The command, with a group of processes of its own, as a terminal gives it.
+
+    Args:
+        interrupt: what it finds about Ctrl-C; "ignored" in the background of a script.
+    """
     return subprocess.Popen(
-        [sys.executable, "-m", "simulations", *overrides],
+        [sys.executable, "-c", BEGIN, interrupt, *overrides],
         cwd=place,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -61,9 +72,9 @@ def is_importing(group: int) -> bool:
     return any("libtorch" in one for one in processes(group, what="maps"))
 
 
-def is_training(place: Path) -> bool:
+def rounds_done(place: Path) -> int:
     events = place / "out" / "events.jsonl"
-    return events.exists() and "round_finished" in events.read_text(encoding="utf-8")
+    return events.read_text(encoding="utf-8").count("round_finished") if events.exists() else 0
 
 
 @linux
@@ -74,13 +85,32 @@ def test_ctrl_c_gives_one_clear_line_and_ends_all_processes(stage: str, tmp_path
     if stage == "importing":
         wait_for(lambda: is_importing(command.pid), what="the fork server")
     else:
-        wait_for(lambda: is_training(tmp_path), what="a round")
+        wait_for(lambda: rounds_done(tmp_path) > 0, what="a round")
     os.killpg(command.pid, signal.SIGINT)
     _, errors = command.communicate(timeout=60)
     assert command.returncode == 130
     bars = ("/5000", "steps of this round")
     told = [line for line in errors.splitlines() if line.strip() and not any(one in line for one in bars)]
     assert told == ["feverfew-simulate: interrupted"]
+    assert all_are_gone(command.pid)
+
+
+@linux
+@pytest.mark.slow
+def test_ctrl_c_does_not_reach_what_a_script_began_in_its_background(tmp_path: Path) -> None:
+    command = begun(tmp_path, *ROUNDS, interrupt="ignored")
+    try:
+        wait_for(lambda: is_importing(command.pid), what="the fork server")
+        for _ in range(30):
+            os.killpg(command.pid, signal.SIGINT)
+            time.sleep(0.1)
+        wait_for(lambda: rounds_done(tmp_path) > 0, what="a round")
+        os.killpg(command.pid, signal.SIGINT)
+        done = rounds_done(tmp_path)
+        wait_for(lambda: rounds_done(tmp_path) > done + 5, what="further rounds")
+    finally:
+        command.kill()
+        command.communicate(timeout=60)
     assert all_are_gone(command.pid)
 
 
