@@ -82,10 +82,10 @@ class Roster:
         known = {node: name for node, name in online.items() if name in self.sites}
         self._names |= known
         self._reached |= {name: node for node, name in known.items()}
-        self._takers.clear()
         newcomers = {node: name for node, name in online.items() if self._is_to_ask(node)}
         if newcomers:
             self._ask(newcomers)
+        self._takers.clear()
         self._settled = None if any(map(self._is_left, online)) else online
 
     def _ask(self, newcomers: Mapping[int, str]) -> None:
@@ -163,7 +163,6 @@ class Roster:
             self._trail.record("site_rejected", site=enrolled or f"node {node}", code=problem.code)
             return
         self._heads.keep(prepared.site, head)
-        self._takers.clear()
         self._reach(node, prepared.site)
         self._attempts[node] = 0
         former = self.sites.get(prepared.site)

@@ -49,7 +49,6 @@ class Carrier:
         self._process: Any = None
         self._connection: Connection | None = None
         self._place: Any = None
-        self._is_prepared = False
 
     def __enter__(self) -> Self:
         self._place = tempfile.TemporaryDirectory(prefix="feverfew-")
@@ -66,19 +65,19 @@ class Carrier:
         else:
             self._connection.close()  # it reads the end, ends the workers and leaves
             self._process.join()
+            _import_nothing_later()
         self._place.cleanup()
 
     def dismiss(self) -> None:
         """Ends what was begun: nobody needs what is being imported."""
         _end_the_fork_server()
-        forkserver()  # one that is started later in this process imports and waits for nothing
+        _import_nothing_later()
 
     def prepare(self, plan: Plan) -> None:
         """Lets what runs of such plans need besides be imported; of several plans, what the first needs."""
-        if not self._is_prepared:
+        if not self._told.exists():
             private = () if plan.privacy.mechanism == "none" else ("client.clipping",)
             awaited.tell(self._told, modules=private)
-            self._is_prepared = True
 
     @property
     def _told(self) -> Path:
@@ -142,6 +141,11 @@ def _serve(connection: Connection, command: str) -> None:
             connection.send_bytes(str(code).encode())
     for pool in pools.values():
         pool.close()
+
+
+def _import_nothing_later() -> None:
+    """Lets a fork server that is started later in this process import and await nothing of a run."""
+    forkserver()
 
 
 def _end_the_fork_server() -> None:

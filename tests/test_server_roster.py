@@ -139,3 +139,16 @@ def test_a_node_that_takes_another_name_leaves_its_former_to_others(
     roster.admit_newcomers()
     assert roster.nodes("train") == {"a": OLD, "b": NEW, "c": 3}
     assert not [event for event in read(tmp_path / "events.jsonl") if event["event"] == "site_rejected"]
+
+
+def test_a_site_that_is_revoked_between_two_rounds_is_asked_no_more(tmp_path: Path) -> None:
+    plan = tiny_plan(sites=2, rounds=1)
+    mailbox = Mailbox(InlineGrid({name: site(plan, name, 0.5) for name in ("a", "b")}))
+    roster = Roster(
+        mailbox, plan=plan, run="r", trail=Trail(tmp_path / "events.jsonl"), heads=Heads(tmp_path / "heads")
+    )
+    roster.gather()
+    assert list(roster.nodes("train")) == ["a", "b"]
+    roster.strike({"a"})
+    roster.admit_newcomers()
+    assert list(roster.nodes("train")) == ["b"]
