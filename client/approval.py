@@ -169,8 +169,7 @@ def _note(site: Site, plan: Plan, rule: Policy) -> None:
         trail.record(site, verdict, plan_hash=plan.hash, by=f"rule {rule.name}")
 
 
-@lru_cache(maxsize=1024)  # each task asks several times, and a decision has a plan and a signature
-def _ruled(site: Site, plan_hash: str, changed_at: int) -> tuple[Verdict, str] | None:
+@lru_cache(maxsize=1024)  # each task asks several times
+def _ruled(site: Site, plan_hash: str, changed_at: int) -> tuple[str, str] | None:
     """Returns what is noted of a rule's decision, in a file that was changed then."""
-    former = decision.find(site, plan_hash, by="rule")
-    return None if former is None else (former.verdict, former.who)
+    return decision.noted(site, plan_hash)

@@ -27,11 +27,12 @@ from client import (
     quarantine,
     room,
     split,
+    usage,
     withdrawal,
 )
 from client.case import Case, Refused
 from client.decoding import Job, Manner
-from client.frozen import Frozen, FrozenCase, Progress, Sources, freeze
+from client.frozen import Frozen, FrozenCase, Progress, freeze
 from client.site import Site, SiteSettings
 from common.asked import Asked
 from common.errors import Refusal, UnusableCase
@@ -103,7 +104,7 @@ class Cohort:
     Attributes:
         version: of the frozen list; keyed, so that it tells nothing about what is in it.
         parts: by name; always train, validation and test, possibly empty.
-        sources: by part, the frozen cases in the order of the part's arrays; private.
+        sources: by part, what ``usage.listed`` says of the cases, in the order of the part's arrays; private.
         offered: rows of the case table when it was frozen.
         used: cases in all parts; ``offered == used + sum(reasons.values())``.
         reasons: number of refused rows by code.
@@ -111,7 +112,7 @@ class Cohort:
 
     version: str
     parts: Mapping[str, Part]
-    sources: Mapping[str, Sources]
+    sources: Mapping[str, Any]
     offered: int
     used: int
     reasons: Mapping[str, int]
@@ -162,11 +163,11 @@ def open_cohort(
         if entry.key in store.refused
     ]
     quarantine.write(site.private / "quarantine.csv", refused=refused)
-    cuts = _cuts(site, used)
+    cuts, sources = _cuts(site, used), usage.listed([entry.source for entry in used])
     return Cohort(
         version=listed.version,
         parts={name: _part(used[cut], records=store.records[cut], asked=asked) for name, cut in cuts.items()},
-        sources={name: Sources([entry.source for entry in used[cut]]) for name, cut in cuts.items()},
+        sources={name: sources[cut] for name, cut in cuts.items()},
         offered=len(listed.cases) + len(listed.refused),
         used=len(used),
         reasons=dict(sorted(Counter(one.code for one in refused).items())),

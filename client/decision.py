@@ -82,6 +82,19 @@ def find(site: Site, plan_hash: str, *, by: Author) -> Decision | None:
     return _read(site, path) if path.exists() else None
 
 
+def noted(site: Site, plan_hash: str) -> tuple[str, str] | None:
+    """Returns verdict and rule that the note of a rule's decision names; None where there is no such note.
+
+    Whether it is genuine takes a millisecond to see and is not looked at: nothing rests on it, for what the
+    rules decide they decide each time.
+    """
+    try:
+        tree: Any = json.loads(_path(site, plan_hash, by="rule").read_bytes())
+        return str(tree["verdict"]), str(tree["who"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
 def changed_at(site: Site, plan_hash: str, *, by: Author) -> int:
     """Returns when the file of a decision was changed last, in nanoseconds; 0 where there is none."""
     path = _path(site, plan_hash, by=by)

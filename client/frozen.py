@@ -10,8 +10,7 @@ from __future__ import annotations
 import hmac
 import json
 import os
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -39,31 +38,6 @@ class FrozenCase:
 
     case: Case
     content: str
-
-
-class Sources(Collection[FrozenCase]):
-    """Frozen cases in little memory: kept as packed text, and made of it whenever they are asked for."""
-
-    def __init__(self, cases: Sequence[FrozenCase]) -> None:
-        self._packed = zlib.compress(json.dumps([_fields(one) for one in cases]).encode("ascii"))
-        self._length = len(cases)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __iter__(self) -> Iterator[FrozenCase]:
-        return map(_frozen_case, self._rows())
-
-    def __contains__(self, case: object) -> bool:
-        return any(one == case for one in self)
-
-    def columns(self) -> tuple[list[list[str]], list[str], list[str]]:
-        """Returns images, patient and content of every case: no case is made for it."""
-        rows = self._rows()
-        return [row[0] for row in rows], [row[1] for row in rows], [row[5] for row in rows]
-
-    def _rows(self) -> list[list[Any]]:
-        return list(json.loads(zlib.decompress(self._packed)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from client import files
-from client.frozen import Sources
+from client.frozen import FrozenCase
 from client.site import Site
 from common.errors import StateError
 
 FILE = "used_cases.parquet"
 SAME = ("part", "cohort_version", "plan_hash")
 """Columns that say the same of all cases of a task."""
-KEY = ("images", "patient", "content", *SAME)
+CASE = ("images", "patient", "content")
+KEY = (*CASE, *SAME)
 COLUMNS = (*KEY, "first_used")
 
 Key = tuple[tuple[str, ...], str, str, str, str, str]
@@ -41,11 +44,20 @@ class Use:
     first_used: datetime
 
 
-def record(directory: Path, *, plan_hash: str, part: str, cohort_version: str, cases: Sources) -> None:
+def listed(cases: Sequence[FrozenCase]) -> Any:
+    """Returns a ``pyarrow.Table`` with what is written down of cases, in their order: in little memory."""
+    import pyarrow  # takes longer to import than a file to write
+
+    columns = [[one.case.images for one in cases], [one.case.patient for one in cases]]
+    return pyarrow.table([*columns, [one.content for one in cases]], schema=_schema(CASE))
+
+
+def record(directory: Path, *, plan_hash: str, part: str, cohort_version: str, cases: Any) -> None:
     """Adds to a run's file the cases that it does not have yet; nothing is ever taken out.
 
     Args:
         directory: the run's, open: see ``client/run_folder.py``.
+        cases: what ``listed`` returned of them.
 
     Raises:
         StateError: the file is damaged; it is left as it is.
@@ -91,15 +103,13 @@ def _uses(path: Path, patient: str) -> list[Use]:
     ]
 
 
-def _table(cases: Sources, **same: str) -> Any:
+def _table(cases: Any, **same: str) -> Any:
     """Returns a row for each case; its use begins now."""
-    import pyarrow  # takes longer to import than the file to write
+    import pyarrow
 
-    images, patients, contents = cases.columns()
-    alike = [pyarrow.repeat(same[name], len(images)) for name in SAME]
     now = pyarrow.scalar(datetime.now(UTC), type=_schema().field("first_used").type)
-    columns = [images, patients, contents, *alike, pyarrow.repeat(now, len(images))]
-    return pyarrow.table(columns, schema=_schema())
+    alike = [pyarrow.repeat(one, cases.num_rows) for one in (*(same[name] for name in SAME), now)]
+    return pyarrow.table([*cases.columns, *alike], schema=_schema())
 
 
 def _keys(table: Any) -> list[Key]:
@@ -115,12 +125,13 @@ def _content(table: Any) -> bytes:
     return stream.getvalue()
 
 
-def _schema() -> Any:
+@lru_cache(maxsize=2)
+def _schema(columns: Sequence[str] = COLUMNS) -> Any:
     import pyarrow
 
     kinds = dict.fromkeys(COLUMNS, pyarrow.string())
     kinds |= {"images": pyarrow.list_(pyarrow.string()), "first_used": pyarrow.timestamp("ms", tz="UTC")}
-    return pyarrow.schema(kinds)
+    return pyarrow.schema([(name, kinds[name]) for name in columns])
 
 
 def _read(path: Path) -> Any:

@@ -318,14 +318,16 @@ def _keep_scores(site: Site, task: Task, exact: Exact) -> None:
 
 @contextmanager
 def _progress(site: Site, plan: Plan, task: Task) -> Iterator[Callable[[int, int], None]]:
-    """Shows the site's own people how far a round is: ``state/progress.json``."""
+    """Shows the site's own people how far a round is: ``state/progress.json``. A task that is done before
+    anybody could look says nothing."""
     path = site.state / "progress.json"
-    written = time.monotonic()
+    begun = written = time.monotonic()
 
     def on_step(step: int, steps: int) -> None:
         nonlocal written
         now = time.monotonic()
-        if step < steps and now - written < PROGRESS_SECONDS:
+        is_last = step == steps and written > begun
+        if now - written < PROGRESS_SECONDS and not is_last:
             return
         written = now
         told = {"run": task.run, "round": task.server_round, "step": step, "steps": steps}

@@ -124,18 +124,17 @@ class _Entries:
 
     def __init__(self, kind: type) -> None:
         self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
-        self._known: dict[str, tuple[object, bytes]] = {}
+        self._last: Mapping[str, object] = {}
+        self._texts: dict[str, bytes] = {}
 
     def json(self, values: Mapping[str, object]) -> bytes:
         """Returns the JSON of an object."""
-        last = self._known
-        self._known = {
-            name: known
-            if (known := last.get(name)) is not None and known[0] is value
-            else (value, self._entry(name, value))
-            for name, value in values.items()
-        }
-        return b"{" + b",".join([text for _, text in self._known.values()]) + b"}"
+        if values is not self._last:
+            new = {name: value for name, value in values.items() if self._last.get(name) is not value}
+            texts = self._texts | {name: self._entry(name, value) for name, value in new.items()}
+            self._texts = texts if list(texts) == list(values) else {name: texts[name] for name in values}
+            self._last = values
+        return b"{" + b",".join(self._texts.values()) + b"}"
 
     def _entry(self, name: str, value: object) -> bytes:
         return json.dumps(name).encode() + b":" + self._adapter.dump_json(value)

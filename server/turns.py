@@ -6,10 +6,11 @@ The coordinator draws, and no site can check it: nothing that is promised to pat
 from __future__ import annotations
 
 import hashlib
+import heapq
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from common.plan import Plan
 
@@ -48,8 +49,8 @@ def draw(names: Collection[str], *, turns: Mapping[str, int], count: int, key: s
     for turn in sorted(set(waiting.values())):
         if len(chosen) < count:  # only those are ranked among whom is drawn
             here = [name for name in names if waiting[name] == turn]
-            here.sort(key=lambda name: _rank(name, key=key, turn=turn))
-            chosen += here[: count - len(chosen)]
+            rank = partial(_rank, key=key, turn=turn)
+            chosen += heapq.nsmallest(count - len(chosen), here, key=rank)
     chosen.sort()
     return Drawn(names=tuple(chosen), turns={**turns, **{name: waiting[name] + 1 for name in chosen}})
 

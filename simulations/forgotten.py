@@ -35,22 +35,39 @@ _SIZE: Final = "bytes"
 def forgotten(sites: Sequence[Site], *, heads: Path, most_bytes: int = MOST_BYTES) -> Iterator[None]:
     """Takes away what sites and coordinator know of earlier runs, so that the sites' ledgers begin anew.
 
-    What was put aside first is deleted meanwhile if there is more than ``most_bytes``. What could not be
-    deleted is said in the log, and looked at again the next time, as after a process that was killed.
+    Folders of a site's layout stay, empty: to make one takes longer than to move what is in it. What was put
+    aside first is deleted meanwhile if there is more than ``most_bytes``. What could not be deleted is said
+    in the log, and looked at again the next time, as after a process that was killed.
     """
-    known = [heads]
-    for site in sites:
-        known += [site.state, site.runs, plans_path(site)]
-        known += [head_path(site), claim_path(site), trail_head_path(site)]
     place = heads.with_name(".forgotten")
     place.mkdir(parents=True, exist_ok=True)
     aside = tempfile.mkdtemp(dir=place, prefix=f"{time.time_ns():020}-")
-    for number, path in enumerate(known):
+    for number, path in enumerate(_known(sites, heads=heads)):
         with contextlib.suppress(FileNotFoundError):
             os.rename(path, os.path.join(aside, str(number)))
     with ThreadPoolExecutor(1) as deleting:
         deleting.submit(shrink, place, most_bytes=most_bytes)
         yield
+
+
+def _known(sites: Sequence[Site], *, heads: Path) -> Iterator[str | Path]:
+    """Yields files, and folders of one run, of which one is missing now and then."""
+    yield heads
+    for site in sites:
+        yield from (head_path(site), claim_path(site), trail_head_path(site))
+        for entry in (*_entries(site.runs), *_entries(plans_path(site))):
+            yield entry.path
+        for entry in _entries(site.state):
+            yield from (one.path for one in (_entries(entry) if entry.is_dir() else [entry]))
+
+
+def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:
+    """Returns what is in a folder; the lock that stays with it is nothing to know."""
+    try:
+        with os.scandir(folder) as found:
+            return [entry for entry in found if entry.name != ".lock"]
+    except FileNotFoundError:
+        return []
 
 
 def shrink(place: Path, *, most_bytes: int) -> None:

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -540,7 +541,10 @@ def failing_sites(directory: Path) -> list[Site]:
 
 
 @pytest.mark.parametrize("purpose", ["train", "evaluate", "prepare", "deliver"])
-def test_no_text_of_an_error_ever_leaves_the_site(tmp_path: Path, purpose: str) -> None:
+def test_no_text_of_an_error_ever_leaves_the_site(
+    tmp_path: Path, purpose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "PROGRESS_SECONDS", 0.0)
     asked, codes = private_plan(), []
     for site in failing_sites(tmp_path):
         message = Message(exchange.task_record(task_of(asked, purpose)), 7, TYPES[purpose])
@@ -580,7 +584,30 @@ def test_progress_is_whole_at_every_step_and_tells_of_the_round_at_hand(
     assert sizes == {work.PROGRESS_BYTES}
 
 
-def test_failure_of_training_uses_the_charge_up_and_the_next_task_is_done(tmp_path: Path) -> None:
+def test_a_task_that_is_done_before_anybody_could_look_tells_no_progress(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A longer one tells its last step as well."""
+    site.state.mkdir()
+    monkeypatch.setattr(work, "PROGRESS_SECONDS", 60.0)
+    asked, now = open_plan(), [0.0]
+    monkeypatch.setattr(work, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    with work._progress(site, asked, task_of(asked)) as on_step:
+        now[0] = 59.0
+        on_step(3, 3)
+        assert not (site.state / "progress.json").exists()
+    with work._progress(site, asked, task_of(asked)) as on_step:
+        for step in (1, 2, 3):
+            now[0] += 59.0
+            on_step(step, 3)
+            told = json.loads((site.state / "progress.json").read_text()) if step > 1 else {"step": 1}
+            assert told["step"] == step
+
+
+def test_failure_of_training_uses_the_charge_up_and_the_next_task_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "PROGRESS_SECONDS", 0.0)
     site = write_site(tmp_path / "north", size=8)
     asked = private_plan()
     (site.state / "progress.json").mkdir(parents=True)

@@ -94,6 +94,28 @@ def test_rule_that_decided_is_recorded_signed_and_once(tmp_path: Path) -> None:
     assert refusal(with_policies(site), plan()) == "not_approved", "without its rule a record is no approval"
 
 
+@pytest.mark.parametrize(
+    "note",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"verdict": "refused", "who": "every plan"}',
+        b'{"verdict": "approved", "who": "chest study"}',
+    ],
+)
+def test_note_of_a_rules_decision_that_says_something_else_is_written_anew(
+    tmp_path: Path, note: bytes
+) -> None:
+    site = write_site(tmp_path / "south", num_patients=1, policies=[EVERY_PLAN])
+    approval.require(site, plan())
+    (path,) = site.approvals.iterdir()
+    path.write_bytes(note)
+    approval.require(site, plan())
+    (told,) = decision.every(site)
+    assert (told.who, told.verdict) == ("every plan", "approved")
+
+
 def forge(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 

@@ -143,11 +143,11 @@ def test_patients_of_other_parts_are_never_looked_at(tmp_path: Path) -> None:
     north = write_site(tmp_path / "a", size=8)
     twin = write_site(tmp_path / "b", size=8)
     cohort = open_cohort(north, asked=asked.asked)
-    others = [one for part in ("validation", "test") for one in cohort.sources[part]]
+    others = [one for part in ("validation", "test") for one in cohort.sources[part]["images"].to_pylist()]
     assert len(others) > 4
-    for place, one in enumerate(others):
+    for place, (image,) in enumerate(others):
         pixels = np.random.default_rng(place).integers(0, 256, (8, 8)).astype(np.uint8) // 3 * 3
-        Image.fromarray(pixels).save(twin.directory / one.case.image)
+        Image.fromarray(pixels).save(twin.directory / image)
     np.testing.assert_array_equal(counted(north, asked), counted(twin, asked))
 
 

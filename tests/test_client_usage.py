@@ -16,6 +16,7 @@ from pyarrow import parquet
 
 from client import frozen, rehearsal, run_folder, split, tally, usage, withdrawal
 from client.app import app
+from client.case import Case
 from client.frozen import FrozenCase
 from client.site import Site
 from common import exchange, flower, model
@@ -143,7 +144,7 @@ def again(site: Site, asked: Plan) -> None:
             plan_hash=asked.hash,
             part="train",
             cohort_version=listed.version,
-            cases=frozen.Sources(cases_of(site, "train")),
+            cases=usage.listed(cases_of(site, "train")),
         )
 
 
@@ -224,14 +225,22 @@ import sys
 from pathlib import Path
 from client import run_folder, usage
 from client.case import Case
-from client.frozen import FrozenCase, Sources
+from client.frozen import FrozenCase
 from client.site import open_site
 site = open_site(Path(sys.argv[1]))
 for number in range(8):
     case = FrozenCase(case=Case(images=(f"{sys.argv[2]}-{number}.png",), patient=sys.argv[2]), content="c")
     with run_folder.opened(site, run="run-1") as folder:
-        usage.record(folder, plan_hash="p", part="train", cohort_version="v", cases=Sources([case]))
+        usage.record(folder, plan_hash="p", part="train", cohort_version="v", cases=usage.listed([case]))
 """
+
+
+def test_every_image_of_a_case_is_named(site: Site) -> None:
+    case = Case(images=("t1.nii", "t2.nii"), patient="Patient 1")
+    with run_folder.opened(site, run=RUN) as folder:
+        cases = usage.listed([FrozenCase(case=case, content="c")])
+        usage.record(folder, plan_hash="p", part="train", cohort_version="v", cases=cases)
+    assert [row["images"] for row in rows(site)] == [["t1.nii", "t2.nii"]]
 
 
 def test_folders_that_a_killed_process_made_are_on_the_disk_before_a_release(

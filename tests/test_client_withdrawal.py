@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from client import frozen, release, withdrawal
+from client import frozen, release, split, withdrawal
 from client.cohort import Cohort, open_cohort
 from client.site import Site, open_site
 from common.errors import StateError, UserError
@@ -48,7 +48,7 @@ def somebody(site: Site) -> str:
 
 
 def patients(cohort: Cohort) -> set[str]:
-    return {one.case.patient for sources in cohort.sources.values() for one in sources}
+    return {patient for sources in cohort.sources.values() for patient in sources["patient"].to_pylist()}
 
 
 def quarantined(site: Site) -> dict[str, str]:
@@ -85,19 +85,23 @@ def test_withdrawn_patient_is_in_no_part_and_everybody_else_is_where_they_were(s
     assert set(quarantined(site).values()) == {"withdrawn"}
     assert after.version == before.version
     for name, sources in after.sources.items():
-        assert list(sources) == [one for one in before.sources[name] if one.case.patient != patient]
+        kept = [row for row in before.sources[name].to_pylist() if row["patient"] != patient]
+        assert sources.to_pylist() == kept
         assert len(sources) == len(after.parts[name].images)
 
 
 def test_sources_are_in_the_order_of_the_arrays(site: Site) -> None:
     cohort = opened(site)
-    for name, kept in cohort.sources.items():
-        sources = list(kept)
-        for position, one in enumerate(sources):
-            label = ("normal", "opacity").index((one.case.labels or ("",))[0])
-            assert cohort.parts[name].targets[position] == label
-        for cases in cohort.parts[name].patients:
-            assert len({sources[int(case)].case.patient for case in cases}) == 1
+    listed = frozen.read(site, secret=split.read_key(site))
+    assert listed is not None
+    known = {(*one.case.images, one.case.patient, one.content): one.case for one in listed.cases}
+    for name, sources in cohort.sources.items():
+        rows = sources.to_pylist()
+        cases = [known[(*row["images"], row["patient"], row["content"])] for row in rows]
+        labels = [("normal", "opacity").index((case.labels or ("",))[0]) for case in cases]
+        assert cohort.parts[name].targets.tolist() == labels
+        for positions in cohort.parts[name].patients:
+            assert len({rows[int(position)]["patient"] for position in positions}) == 1
 
 
 def test_update_is_that_of_a_site_that_never_had_the_patient(tmp_path: Path) -> None:

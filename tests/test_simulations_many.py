@@ -281,14 +281,44 @@ def test_what_earlier_runs_left_stays_while_it_takes_little_and_the_oldest_goes_
         site.state.mkdir(exist_ok=True)
         (site.state / "events.jsonl").write_bytes(content)
         with forgotten([site], heads=heads, most_bytes=most_bytes):
-            assert not site.state.exists()
-        return sorted(path.read_bytes() for path in (tmp_path / ".forgotten").rglob("events.jsonl"))
+            assert not any(site.state.iterdir())
+        found = (tmp_path / ".forgotten").glob("*/*")
+        return sorted(path.read_bytes() for path in found if path.name != "bytes")
 
     assert put_aside(b"1", most_bytes=10**6) == [b"1"]
     assert put_aside(b"2" * 500_000, most_bytes=10**6) == [b"1", b"2" * 500_000]
     assert put_aside(b"3" * 400_000, most_bytes=10**6)[-2:] == [b"2" * 500_000, b"3" * 400_000]
     assert put_aside(b"4" * 200_000, most_bytes=10**6) == [b"3" * 400_000, b"4" * 200_000]
     assert put_aside(b"5", most_bytes=0) == []
+
+
+def test_nothing_of_earlier_runs_stays_but_empty_folders_and_a_lock(tmp_path: Path) -> None:
+    """And what outlives runs: images, keys, the frozen list, decoded cases, decisions."""
+    place = tmp_path / "sites" / "a"
+    write_site(place, name="a", num_patients=12, size=8, unsafe_allow_seeded_noise=True)
+    private = plan(
+        **TINY, rounds=1, sites=1, quorum=1, evaluation__validation_every=0, training__expected_batch=4
+    )
+    simulate(private, [place], settings=settings([place], workers=1), directory=tmp_path / "run")
+    site = open_site(place)
+    before = {path.relative_to(place) for path in place.rglob("*")}
+    with forgotten([site], heads=tmp_path / "sites" / ".heads"):
+        after = {path.relative_to(place) for path in place.rglob("*")}
+    gone = {path.parts[:2] for path in before - after}
+    assert gone >= {("state", "ledger.sqlite"), ("private", "runs"), ("ledger.head",), ("trail.head",)}
+    assert {path.parts[0] for path in before - after} <= {
+        "state",
+        "plans",
+        "private",
+        "ledger.head",
+        "trail.head",
+    }
+    for folder in ("state", "plans", "private/runs"):
+        left = [path for path in (place / folder).rglob("*") if not path.is_dir()]
+        assert [path.name for path in left] == ([".lock"] if folder == "private/runs" else [])
+    assert {("private", "cohort.json"), ("private", "split.key")} <= {path.parts for path in after}
+    assert [path.name for path in (place / "private" / "runs").iterdir()] == [".lock"]
+    assert (place / "state" / "replies").is_dir() and (place / "plans").is_dir()
 
 
 def test_what_cannot_be_deleted_of_earlier_runs_is_said_and_does_not_keep_the_rest(
