@@ -69,7 +69,8 @@ def record(directory: Path, *, plan_hash: str, part: str, cohort_version: str, c
 
         before = _read(path)
         known = set(_keys(before))
-        table = table.filter([key not in known for key in _keys(table)])
+        is_new = [key not in known for key in _keys(table)]
+        table = table.filter(pyarrow.array(is_new, pyarrow.bool_()))  # of no case there would be no type
         if not table.num_rows:
             return
         table = pyarrow.concat_tables([before, table])

@@ -8,6 +8,7 @@ import sys
 
 from common.command import exit_code
 from simulations.carrier import Carrier
+from simulations.interrupts import Interrupts
 
 COMMAND = "feverfew-simulate"
 
@@ -21,10 +22,10 @@ def main() -> None:
 
 
 def _run() -> int:
-    with Carrier(command=COMMAND) as carrier:
+    with Interrupts() as interrupts, Carrier(command=COMMAND) as carrier:
         from simulations import run  # with Hydra, while the carrier's process imports the rest
 
-        return run.typed(carrier, command=COMMAND)
+        return run.typed(carrier, interrupts, command=COMMAND)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from multiprocessing import forkserver as server
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from client import crew
 from client.memory import forkserver
@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what takes long to import is imported in the process that a
     from simulations.settings import Settings
     from simulations.workers import Workers
 
+_LEAVES_SECONDS: Final = 30.0
 # pyarrow has a pool of threads, which it makes anew after a fork; no work has been given to it before.
 _SHARED = ("simulations.simulation", "client.app", "pyarrow.parquet")
 
@@ -64,7 +65,9 @@ class Carrier:
             self.dismiss()
         else:
             self._connection.close()  # it reads the end, ends the workers and leaves
-            self._process.join()
+            self._process.join(_LEAVES_SECONDS)
+            if self._process.is_alive():  # it was told to stop in a place where nothing is heard
+                self._process.kill()
             _import_nothing_later()
         self._place.cleanup()
 

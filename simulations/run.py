@@ -12,18 +12,20 @@ from omegaconf import DictConfig
 from common.command import exit_code
 from common.config import explained, plain, plan_of
 from simulations.carrier import Carrier
+from simulations.interrupts import Interrupts
 
 
-def typed(carrier: Carrier, *, command: str) -> int:
+def typed(carrier: Carrier, interrupts: Interrupts, *, command: str) -> int:
     """Checks what was typed and runs it, all runs of a sweep; returns the exit code.
 
     Args:
+        interrupts: heard once all is imported and checked.
         command: named in messages.
     """
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="simulation")
     def application(config: DictConfig) -> None:
-        code = exit_code(lambda: _job(config, carrier), command=command)
+        code = exit_code(lambda: _job(config, carrier, interrupts), command=command)
         if code:
             raise SystemExit(code)  # Hydra would print lines of its own about an exception
 
@@ -31,7 +33,7 @@ def typed(carrier: Carrier, *, command: str) -> int:
     return 0
 
 
-def _job(config: DictConfig, carrier: Carrier) -> int:
+def _job(config: DictConfig, carrier: Carrier, interrupts: Interrupts) -> int:
     from simulations.hospitals import prepare_sites  # after Hydra's own exits, such as --help
     from simulations.settings import num_sites, require_own_state, require_resumable, settings_of, source_of
 
@@ -43,6 +45,7 @@ def _job(config: DictConfig, carrier: Carrier) -> int:
     plan = plan_of(tree)
     directory = Path(HydraConfig.get().runtime.output_dir)
     require_resumable(settings, directory=directory)
+    interrupts.hear()
     if settings.attack is not None:
         carrier.dismiss()
         from simulations import attack  # torch takes seconds: not for a typing error

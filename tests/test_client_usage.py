@@ -235,6 +235,16 @@ for number in range(8):
 """
 
 
+def test_a_part_without_cases_adds_nothing(site: Site) -> None:
+    """A small site may have nobody in a part, and answers like any other."""
+    asked = quick()
+    assert ask(site, asked) == ""
+    content = path_of(site).read_bytes()
+    with run_folder.opened(site, run=RUN) as folder:
+        usage.record(folder, plan_hash="p", part="test", cohort_version="v", cases=usage.listed([]))
+    assert path_of(site).read_bytes() == content
+
+
 def test_every_image_of_a_case_is_named(site: Site) -> None:
     case = Case(images=("t1.nii", "t2.nii"), patient="Patient 1")
     with run_folder.opened(site, run=RUN) as folder:

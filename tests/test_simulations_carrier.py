@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from simulations import carrier
 
 ROUNDS = ["data.patients_per_site=4", "privacy=none", "plan.rounds=5000", "hydra.run.dir=out"]
 ENDS_SECONDS = 20.0
@@ -88,10 +92,9 @@ def test_ctrl_c_gives_one_clear_line_and_ends_all_processes(stage: str, tmp_path
         wait_for(lambda: rounds_done(tmp_path) > 0, what="a round")
     os.killpg(command.pid, signal.SIGINT)
     _, errors = command.communicate(timeout=60)
-    assert command.returncode == 130
     bars = ("/5000", "steps of this round")
     told = [line for line in errors.splitlines() if line.strip() and not any(one in line for one in bars)]
-    assert told == ["feverfew-simulate: interrupted"]
+    assert (command.returncode, told) == (130, ["feverfew-simulate: interrupted"])
     assert all_are_gone(command.pid)
 
 
@@ -112,6 +115,18 @@ def test_ctrl_c_does_not_reach_what_a_script_began_in_its_background(tmp_path: P
         command.kill()
         command.communicate(timeout=60)
     assert all_are_gone(command.pid)
+
+
+def test_a_process_that_does_not_hear_the_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carrier, "_LEAVES_SECONDS", 0.1)
+    deaf = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    deaf.start()
+    carried = carrier.Carrier(command="feverfew-simulate")
+    carried._process, carried._place = deaf, tempfile.TemporaryDirectory()
+    carried._connection, _ = multiprocessing.Pipe()
+    carried.__exit__(None, None, None)
+    deaf.join(60)
+    assert deaf.exitcode == -signal.SIGKILL
 
 
 @linux
