@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,19 @@ import pytest
 from simulations.interrupts import Interrupts
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Ctrl-C as a terminal gives it; whoever runs the tests may have it ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 def press() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.usefixtures("heard")
 def test_it_is_heard_at_the_place_for_it_and_from_there_on_at_once() -> None:
     with Interrupts() as interrupts:
         press()
@@ -27,6 +37,7 @@ def test_it_is_heard_at_the_place_for_it_and_from_there_on_at_once() -> None:
         interrupts.hear()  # a sweep comes here with each run
 
 
+@pytest.mark.usefixtures("heard")
 def test_it_is_heard_at_the_end_where_no_such_place_was_reached() -> None:
     with pytest.raises(KeyboardInterrupt), Interrupts():
         press()
@@ -51,6 +62,8 @@ IMPORTS = """
 import os, signal, sys
 from common.command import exit_code
 from simulations.interrupts import Interrupts
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def run():
     with Interrupts():

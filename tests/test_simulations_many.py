@@ -272,10 +272,10 @@ def test_a_private_run_begins_anew_on_sites_that_had_one(tmp_path: Path) -> None
 
 
 def test_what_earlier_runs_left_stays_while_it_takes_little_and_the_oldest_goes_first(
-    sites: list[Path], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     """A file deleted is a slow file made, on some disks; so not every run deletes."""
-    site, heads = open_site(sites[0]), tmp_path / ".heads"
+    site, heads = write_site(tmp_path / "a", num_patients=1, size=8), tmp_path / ".heads"
 
     def put_aside(content: bytes, *, most_bytes: int) -> list[bytes]:
         site.state.mkdir(exist_ok=True)
