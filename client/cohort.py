@@ -12,7 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -37,6 +37,9 @@ from client.site import Site, SiteSettings
 from common.asked import Asked
 from common.errors import Refusal, UnusableCase
 from common.value import canonical_json
+
+if TYPE_CHECKING:  # takes longer to import than a cohort to open
+    import pyarrow
 
 __all__ = ["PARTS", "Cohort", "Part", "freeze", "open_cohort"]
 
@@ -112,7 +115,7 @@ class Cohort:
 
     version: str
     parts: Mapping[str, Part]
-    sources: Mapping[str, Any]
+    sources: Mapping[str, pyarrow.Table]
     offered: int
     used: int
     reasons: Mapping[str, int]

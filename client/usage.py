@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from client import files
 from client.frozen import FrozenCase
 from client.site import Site
 from common.errors import StateError
+
+if TYPE_CHECKING:  # takes longer to import than a file to write
+    import pyarrow
 
 FILE = "used_cases.parquet"
 SAME = ("part", "cohort_version", "plan_hash")
@@ -44,15 +47,15 @@ class Use:
     first_used: datetime
 
 
-def listed(cases: Sequence[FrozenCase]) -> Any:
-    """Returns a ``pyarrow.Table`` with what is written down of cases, in their order: in little memory."""
-    import pyarrow  # takes longer to import than a file to write
+def listed(cases: Sequence[FrozenCase]) -> pyarrow.Table:
+    """Returns what is written down of cases in their order: images, patient, content. Takes little memory."""
+    import pyarrow
 
     columns = [[one.case.images for one in cases], [one.case.patient for one in cases]]
     return pyarrow.table([*columns, [one.content for one in cases]], schema=_schema(CASE))
 
 
-def record(directory: Path, *, plan_hash: str, part: str, cohort_version: str, cases: Any) -> None:
+def record(directory: Path, *, plan_hash: str, part: str, cohort_version: str, cases: pyarrow.Table) -> None:
     """Adds to a run's file the cases that it does not have yet; nothing is ever taken out.
 
     Args:
@@ -104,7 +107,7 @@ def _uses(path: Path, patient: str) -> list[Use]:
     ]
 
 
-def _table(cases: Any, **same: str) -> Any:
+def _table(cases: pyarrow.Table, **same: str) -> pyarrow.Table:
     """Returns a row for each case; its use begins now."""
     import pyarrow
 
@@ -113,12 +116,12 @@ def _table(cases: Any, **same: str) -> Any:
     return pyarrow.table([*cases.columns, *alike], schema=_schema())
 
 
-def _keys(table: Any) -> list[Key]:
+def _keys(table: pyarrow.Table) -> list[Key]:
     images, *others = (table[name].to_pylist() for name in KEY)
     return list(zip(map(tuple, images), *others, strict=True))
 
 
-def _content(table: Any) -> bytes:
+def _content(table: pyarrow.Table) -> bytes:
     from pyarrow import parquet
 
     stream = io.BytesIO()
@@ -127,7 +130,7 @@ def _content(table: Any) -> bytes:
 
 
 @lru_cache(maxsize=2)
-def _schema(columns: Sequence[str] = COLUMNS) -> Any:
+def _schema(columns: Sequence[str] = COLUMNS) -> pyarrow.Schema:
     import pyarrow
 
     kinds = dict.fromkeys(COLUMNS, pyarrow.string())
@@ -135,7 +138,7 @@ def _schema(columns: Sequence[str] = COLUMNS) -> Any:
     return pyarrow.schema([(name, kinds[name]) for name in columns])
 
 
-def _read(path: Path) -> Any:
+def _read(path: Path) -> pyarrow.Table:
     """Returns the table of a run.
 
     Raises:

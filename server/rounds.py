@@ -314,7 +314,9 @@ class Rounds:
         waiting = approvals.since(former, self._roster.waiting)
         sites = {**self.state.sites, **self._roster.sites}
         sites |= {name: replace(sites[name], status=REVOKED) for name in self._revoked() & sites.keys()}
-        if sites != self.state.sites:  # else it stays the same object, which is saved at once
+        if (
+            sites != self.state.sites
+        ):  # else the checkpoint sees the same object, and writes nothing down again
             self.state = replace(self.state, sites=sites)
         self.state = replace(self.state, waiting_since=waiting)
         if waiting != former and self.state.server_round == 0:

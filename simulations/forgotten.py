@@ -51,14 +51,16 @@ def forgotten(sites: Sequence[Site], *, heads: Path, most_bytes: int = MOST_BYTE
 
 
 def _known(sites: Sequence[Site], *, heads: Path) -> Iterator[str | Path]:
-    """Yields files, and folders of one run, of which one is missing now and then."""
+    """Yields files, and folders of one run each; some may not be there."""
     yield heads
     for site in sites:
         yield from (head_path(site), claim_path(site), trail_head_path(site))
         for entry in (*_entries(site.runs), *_entries(plans_path(site))):
             yield entry.path
         for entry in _entries(site.state):
-            yield from (one.path for one in (_entries(entry) if entry.is_dir() else [entry]))
+            yield from (
+                one.path for one in (_entries(entry) if entry.is_dir(follow_symlinks=False) else [entry])
+            )
 
 
 def _entries(folder: str | os.PathLike[str]) -> list[os.DirEntry[str]]:

@@ -29,8 +29,7 @@ class Interrupts:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or not issubclass(kind, KeyboardInterrupt):
-            self.hear()
+        self.hear()
 
     def hear(self) -> None:
         """Lets Ctrl-C be raised at once from here on.

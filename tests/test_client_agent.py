@@ -202,10 +202,10 @@ def test_a_reply_waits_for_the_coordinator_to_come_back(agent: Agent, fleet: Scr
 
 
 def test_a_reply_is_given_up_when_the_message_has_expired(agent: Agent, fleet: ScriptedFleet) -> None:
-    """How often it was tried until then is not said: a slow machine may need all the time for the task."""
+    agent.worker.warm_up()  # on a slow machine its start may take longer than the message lives
     fleet.failures = {"push": [httpx.ConnectError("away")] * 1000}
     fleet.waiting = [tiny.task("train", ttl=2.0)]
-    run_until(agent, lambda: "push" in fleet.calls and fleet.calls[-1] == "receive")
+    run_until(agent, lambda: fleet.calls.count("push") > 1 and fleet.calls[-1] == "receive")
     assert not fleet.replies
 
 

@@ -115,7 +115,10 @@ def nothing(message: Message, context: Context) -> Message:
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Runs the plan's rounds: {"sites": 2, "rounds": ["train", "train.dies"]}; writes events and a report."""
+    """Runs the plan's rounds: {"sites": 2, "rounds": ["train", "train.dies"]}; writes events and a report.
+
+    Started again, it goes on after the rounds that it finished before, as the product does.
+    """
     flower.shorten_backoff()
     flower.bound_messages(MIN_REPLY_BYTES, max_seconds=UPLOAD_SECONDS)
     run = str(context.run_config["run"])
@@ -123,12 +126,17 @@ def main(grid: Grid, context: Context) -> None:
     record = RunRecord(directory=Path(os.environ["FEVERFEW_RUN_DIRECTORY"].format(run=run)))
     record.begin_life(context.run_id)
     with noted_end(record):
-        rounds = [
-            _round(grid, plan, number, record.directory) for number in range(1, len(plan["rounds"]) + 1)
-        ]
+        rounds = _finished(record.directory)
+        for number in range(len(rounds) + 1, len(plan["rounds"]) + 1):
+            rounds.append(_round(grid, plan, number, record.directory))
         if plan.get("fails"):
             raise RunError("this plan fails")
         (record.directory / "report.json").write_text(json.dumps({"rounds": rounds}))
+
+
+def _finished(directory: Path) -> list[dict[str, Any]]:
+    lines = (directory / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == "round_finished"]
 
 
 def _round(grid: Grid, plan: dict[str, Any], number: int, directory: Path) -> dict[str, Any]:
