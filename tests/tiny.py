@@ -135,7 +135,8 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def _finished(directory: Path) -> list[dict[str, Any]]:
-    lines = (directory / "events.jsonl").read_text().splitlines()
+    path = directory / "events.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
     return [event for event in map(json.loads, lines) if event["event"] == "round_finished"]
 
 
