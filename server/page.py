@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 if TYPE_CHECKING:
     from server.report import Report
@@ -26,24 +27,7 @@ def render(report: Report) -> str:
     """Returns the whole page as text; everything that comes from outside is escaped."""
     from server import figures  # matplotlib takes half a second to import
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=number,
-        percent=percent,
-        bounds=bounds,
-        upward=upward,
-        delta=delta,
-        clock=clock,
-        duration=duration,
-        size=size,
-    )
-    return environment.get_template("report.html").render(
+    return _template().render(
         report=report,
         status_words=STATUS_WORDS[report.status],
         story=story(report),
@@ -64,6 +48,28 @@ def render(report: Report) -> str:
             "epsilon": figures.epsilon_by_site(report),
         },
     )
+
+
+@lru_cache(maxsize=1)  # to compile it takes as long as to draw the figures
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        number=number,
+        percent=percent,
+        bounds=bounds,
+        upward=upward,
+        delta=delta,
+        clock=clock,
+        duration=duration,
+        size=size,
+    )
+    return environment.get_template("report.html")
 
 
 def _is_binary(plan: Mapping[str, Any]) -> bool:

@@ -28,14 +28,29 @@ _ATTEMPTS = 3
 
 
 class Roster:
-    """The sites of a run."""
+    """The sites of a run.
 
-    def __init__(self, mailbox: Mailbox, *, plan: Plan, run: str, trail: Trail, heads: Heads) -> None:
+    Args:
+        first_turn: sorts names: sites are prepared in the order in which they will be asked, so that a grid
+            that gives its processes a site each in turn has those of a round with different ones.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        *,
+        plan: Plan,
+        run: str,
+        trail: Trail,
+        heads: Heads,
+        first_turn: Callable[[str], bytes] = lambda _: b"",
+    ) -> None:
         self._mailbox = mailbox
         self._plan = plan
         self._run = run
         self._trail = trail
         self._heads = heads
+        self._first_turn = first_turn
         self._names: dict[int, str] = {}
         self._reached: dict[str, int] = {}  # by name: the node that is asked
         self._attempts: Counter[int] = Counter()
@@ -106,7 +121,7 @@ class Roster:
                 ttl=ttl,
                 group_id="0",
             )
-            for node, name in newcomers.items()
+            for node, name in sorted(newcomers.items(), key=lambda one: self._first_turn(one[1]))
         ]
         deadline = self._plan.reply_deadline_seconds
         for node, reply in self._mailbox.ask(messages, deadline_seconds=deadline):

@@ -30,7 +30,7 @@ from server.norm import largest_norm
 from server.revoked import REVOKED
 from server.roster import Roster
 from server.strategy import descended
-from server.turns import draw, key_of
+from server.turns import draw, first_turn, key_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,9 @@ class Rounds:
         self._save = save
         self._revoked = revoked
         self._mailbox = Mailbox(grid)
-        self._roster = Roster(self._mailbox, plan=plan, run=state.run, trail=trail, heads=heads)
+        self._roster = Roster(
+            self._mailbox, plan=plan, run=state.run, trail=trail, heads=heads, first_turn=self._first_turn
+        )
         self._strategy = strategy(lambda purpose: list(self._nodes(purpose)))
         self.state = state
         """The last good state; kept when the run fails."""
@@ -80,11 +82,11 @@ class Rounds:
         Raises:
             QuorumNotReached: a round had fewer valid updates than the plan's quorum.
         """
+        self._keep_turns_key()
         self._roster.gather()
         self._learn_sites()
         if self.state.server_round == 0 and self._roster.waiting:
             self._await_approval()
-        self._keep_turns_key()
         while self.state.server_round < self._plan.rounds:
             self._roster.admit_newcomers()
             self._learn_sites()
@@ -113,6 +115,9 @@ class Rounds:
         if self._plan.sites_per_round is not None and not self.state.turns_key:
             self.state = replace(self.state, turns_key=key_of(self._plan))
             self._save(self.state)
+
+    def _first_turn(self, name: str) -> bytes:
+        return first_turn(name, key=self.state.turns_key) if self.state.turns_key else b""
 
     def _nodes(self, purpose: str) -> Sequence[int]:
         """Returns the nodes to ask, by site name; of the training sites those whose turn it is."""

@@ -55,6 +55,12 @@ def draw(names: Collection[str], *, turns: Mapping[str, int], count: int, key: s
     return Drawn(names=tuple(chosen), turns={**turns, **{name: waiting[name] + 1 for name in chosen}})
 
 
+def first_turn(name: str, *, key: str) -> bytes:
+    """Returns what the first turns of sites are ordered by; of sites that stay, ``draw`` asks the least
+    first."""
+    return _rank(name, key=key, turn=0)
+
+
 @lru_cache(maxsize=4096)  # a turn lasts for several rounds
 def _rank(name: str, *, key: str, turn: int) -> bytes:
     return hashlib.sha256(f"{key} {turn} {name}".encode()).digest()

@@ -71,6 +71,7 @@ class LocalGrid(Grid):  # type: ignore[misc]
             for number, (_, path) in enumerate(sites, 2)
         }
         self._workers = workers
+        self._homes: dict[int, int] = {}
         self._queues: list[deque[Message]] = [deque() for _ in self._workers]
         self._doing: list[Message | None] = [None] * len(workers)
         self._deaths: Counter[str] = Counter()
@@ -102,8 +103,7 @@ class LocalGrid(Grid):  # type: ignore[misc]
         with flower.no_object_id_recompute():  # the tasks of a round have one content
             for message in messages:
                 ids.append(flower.assign_id(message))
-                node = message.metadata.dst_node_id
-                self._queues[(node - 2) % len(self._workers)].append(message)
+                self._queues[self._home(message.metadata.dst_node_id)].append(message)
         self._start_idle()
         return ids
 
@@ -130,6 +130,10 @@ class LocalGrid(Grid):  # type: ignore[misc]
             for message_id in self.arrived(pending, seconds=_LOOK_SECONDS):
                 pending.discard(message_id)
                 yield from self.pull_messages([message_id])
+
+    def _home(self, node: int) -> int:
+        """Returns the worker of a site: the sites go to the workers in turn, as they are first asked."""
+        return self._homes.setdefault(node, len(self._homes) % len(self._workers))
 
     def _start_idle(self) -> None:
         for number, worker in enumerate(self._workers):

@@ -16,7 +16,8 @@ from common.calibration import mechanism
 from common.errors import ConfigError
 from common.trail import read
 from server import checkpoint
-from server.turns import _rank, draw, key_of
+from server.turns import _rank, draw, first_turn, key_of
+from tests.grid import Behaviour
 from tests.plans import plan
 from tests.test_server_rounds import run, site, tiny_plan
 
@@ -80,6 +81,34 @@ def test_a_newcomer_is_asked_once_and_waits_for_its_next_turn() -> None:
     second = draw([*named(4), "new"], turns=first.turns, count=4, key="k")
     third = draw([*named(4), "new"], turns=second.turns, count=1, key="k")
     assert set(second.names) | set(third.names) == {*named(4), "new"}
+
+
+@given(num_sites=st.integers(1, 40), count=st.integers(1, 40), key=st.text())
+def test_sites_are_asked_for_the_first_time_in_the_order_of_their_first_turns(
+    num_sites: int, count: int, key: str
+) -> None:
+    expected = sorted(named(num_sites), key=lambda name: first_turn(name, key=key))
+    rounds = num_sites // count
+    for number, names in enumerate(drawn(named(num_sites), count=count, rounds=rounds, key=key)):
+        assert list(names) == sorted(expected[number * count : (number + 1) * count])
+
+
+def test_sites_are_prepared_in_the_order_in_which_they_are_asked(tmp_path: Path) -> None:
+    asked = tiny_plan(rounds=4, sites=8, sites_per_round=2, quorum=2)
+    told: dict[str, list[str]] = {"prepare": [], "train": []}
+
+    def noted(name: str) -> Behaviour:
+        def behave(message: Message) -> Message | None:
+            purpose = exchange.read_task(message.content).purpose
+            told.get(purpose, []).append(name)
+            return site(asked, name, 0.1)(message)
+
+        return behave
+
+    run(asked, {name: noted(name) for name in named(8)}, tmp_path)
+    in_rounds = [sorted(told["prepare"][begin : begin + 2]) for begin in range(0, 8, 2)]
+    assert [told["train"][begin : begin + 2] for begin in range(0, 8, 2)] == in_rounds
+    assert len(set(told["prepare"])) == 8
 
 
 def test_every_pass_through_the_sites_has_an_order_of_its_own() -> None:

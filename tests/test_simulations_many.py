@@ -7,7 +7,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -121,6 +121,27 @@ def test_two_workers_end_in_the_same_bits_and_stay_for_the_next_run(
         assert [worker.pid for worker in pool.take(2)] == pids
     assert asked(tmp_path / "first") == asked(tmp_path / "second") == asked(alone)
     assert model_of(tmp_path / "first") == model_of(tmp_path / "second") == model_of(alone)
+
+
+class Noting(engine.LocalGrid):
+    """Notes which workers the tasks of each round wait for."""
+
+    homes: ClassVar[list[list[int]]] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        listed = list(messages)
+        if listed[0].metadata.message_type == "train":
+            self.homes.append([self._home(message.metadata.dst_node_id) for message in listed])
+        return super().push_messages(listed)
+
+
+def test_the_sites_of_a_round_were_prepared_by_different_workers(
+    sites: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that no worker has to open a cohort that the other has open."""
+    monkeypatch.setattr(engine, "LocalGrid", Noting)
+    run(sites, tmp_path, workers=3)
+    assert [sorted(homes) for homes in Noting.homes] == [[0, 1, 2]] * 4
 
 
 class Killing(engine.LocalGrid):
