@@ -147,7 +147,8 @@ def values(counts: Floats) -> tuple[float, ...]:
     least = 10.0**-DECIMALS
     apart = least * np.arange(1, len(counts) + 1)
     medians = np.array([_median(row) for row in counts])
-    rest = np.clip(medians - apart, 0, 1 - least * (len(counts) + 1))
+    # rounded before they are set apart: of two halves, such as 0.9755 and 0.9765, both may go to the even one
+    rest = np.round(np.clip(medians - apart, 0, 1 - least * (len(counts) + 1)), DECIMALS)
     return tuple(float(value) for value in np.round(np.maximum.accumulate(rest) + apart, DECIMALS))
 
 

@@ -24,7 +24,7 @@ from common.errors import DeploymentError, UserError
 from common.trail import read
 from tests import tiny
 
-CONTEXT = forkserver(preload=["tests.tiny", "client.worker"])
+CONTEXT = forkserver()
 CONFIG = {"plan": "{}", "run": "run-1", "extra": "never looked at"}
 
 

@@ -61,6 +61,7 @@ def run(place: Path, *preload: str) -> list[dict[str, Any]]:
     return found
 
 
+@pytest.mark.slow
 @linux
 def test_the_server_goes_on_as_a_child_that_knows_all_and_holds_few_pages_of_files(tmp_path: Path) -> None:
     (ordinary, *_), told = run(tmp_path, "torch"), run(tmp_path, "torch", "client.preloaded")

@@ -76,6 +76,7 @@ def test_three_runs_of_different_plans_cost_what_one_accountant_says_of_all_thei
     assert sum(study["epsilon"] for study in tree["studies"]) > tree["epsilon"]
 
 
+@pytest.mark.slow
 def test_what_if_says_what_a_plan_costs_and_whether_it_fits(site: Site, tmp_path: Path) -> None:
     release_run(site, FIRST, run="a")
     path = tmp_path / "plan.json"

@@ -19,7 +19,7 @@ from common.errors import DeploymentError
 from tests import tiny
 
 APP = "tests.tiny:client_app"
-CONTEXT = forkserver(preload=["tests.tiny", "client.worker"])
+CONTEXT = forkserver()
 
 
 @pytest.fixture(autouse=True)

@@ -62,6 +62,14 @@ def test_values_are_always_a_map_that_a_plan_accepts(patients: np.ndarray, noise
     assert step.values[1:-1] == found
 
 
+def test_equal_medians_are_set_apart_also_halfway_between_two_values() -> None:
+    for place in range(0, 1000, 7):  # the median is the middle of this bin: 0.0005, 0.0075, ...
+        counts = np.zeros((3, 1000))
+        counts[:, place] = 1.0
+        found = landmarks.values(counts)
+        assert np.all(np.diff([0.0, *found, 1.0]) > 0), (place, found)
+
+
 def test_values_are_the_medians_over_patients_within_a_bin() -> None:
     patients = np.sort(np.random.default_rng(0).beta(2, 3, (501, 5)), axis=1)
     found = landmarks.values(landmarks.histograms(patients, bins=40))

@@ -229,6 +229,7 @@ def test_several_processes_write_one_chain(path: Path) -> None:
         assert told == list(range(200))
 
 
+@pytest.mark.slow
 def test_what_was_recorded_before_a_kill_is_there_and_the_chain_goes_on(path: Path) -> None:
     for kill in range(8):
         killed, other = writer(path, f"killed-{kill}", events=10**6), writer(path, f"other-{kill}", events=50)

@@ -11,8 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from cyclonedx.schema import SchemaVersion
-from cyclonedx.validation.json import JsonStrictValidator
 
 from common.errors import DataError, StateError, UserError
 from server import pack, sbom
@@ -207,6 +205,9 @@ def test_the_page_works_offline_and_escapes_what_comes_from_outside(unpacked: Pa
 
 
 def test_the_bill_of_software_is_valid_by_the_official_schema_and_complete(unpacked: Path) -> None:
+    from cyclonedx.schema import SchemaVersion  # takes seconds, of each process that collects tests
+    from cyclonedx.validation.json import JsonStrictValidator
+
     text = (unpacked / "sbom.cdx.json").read_text()
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     tree = json.loads(text)

@@ -403,6 +403,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.usefixtures("fork_server_again")
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_gives_one_clear_line_and_exit_code_2(
     mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

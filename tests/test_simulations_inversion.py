@@ -34,6 +34,7 @@ def test_image_is_recovered_from_the_update_of_a_step_without_privacy(found: Inv
     assert found.recovered_without_privacy.dtype == found.original.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_image_is_not_recovered_from_an_update_with_privacy(found: Inversion) -> None:
     assert abs(found.with_privacy.correlation) < 0.3
     assert found.with_privacy.correlation < found.others_correlation
@@ -103,6 +104,7 @@ def test_flat_image_is_like_nothing() -> None:
     assert toned(np.full((4, 4), 0.3, dtype=np.float32), original).std() == 0
 
 
+@pytest.mark.slow
 def test_picture_shows_the_three_images_on_one_png(found: Inversion, tmp_path: Path) -> None:
     inversion.picture(found, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as opened:

@@ -171,6 +171,7 @@ def test_volumes_of_a_medmnist_file_are_read_as_they_are(tmp_path: Path) -> None
     assert found == {image.tobytes() for part in ("train", "val") for image in arrays[f"{part}_images"]}
 
 
+@pytest.mark.slow
 def test_marker_of_phantoms_has_the_effect_that_was_asked_for(tmp_path: Path) -> None:
     source = phantoms(patients_per_site=400, num_sites=1, image_size=16)
     with_marker = replace(source, marker_effect=1.0, marker_missing_fraction=0.25)

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, RecordDict
 
-from client.memory import forkserver
 from client.opened import OpenCohorts
 from client.site import open_site
 from client.worker import WORKER_DIED
@@ -32,7 +31,6 @@ from tests.plans import TINY, plan
 from tests.sites import write_site
 
 NUM_SITES = 30
-forkserver(preload=["client.app"])  # as feverfew-simulate does
 ASKED = plan(
     **{name: value for name, value in TINY.items() if not name.startswith("model")},
     model="linear",
@@ -313,6 +311,7 @@ def test_what_earlier_runs_left_stays_while_it_takes_little_and_the_oldest_goes_
     assert put_aside(b"5", most_bytes=0) == []
 
 
+@pytest.mark.slow
 def test_nothing_of_earlier_runs_stays_but_empty_folders_and_a_lock(tmp_path: Path) -> None:
     """And what outlives runs: images, keys, the frozen list, decoded cases, decisions."""
     place = tmp_path / "sites" / "a"
