@@ -106,12 +106,12 @@ class LandmarkRound(Rounds):
         messages = self._messages()
         self._trail.record("round_started", round=1, rounds=1, sites=len(messages))
         counts = self._histograms(messages)
-        self._count_away()
-        self._count_bytes()
+        self._attendances.count_away(server_round=1)
+        self._attendances.count_bytes()
         if len(counts) < self._plan.quorum:
             raise QuorumNotReached(
                 f"Expected histograms of at least {self._plan.quorum} sites, found {len(counts)} of "
-                f"{len(messages)} asked; {self._reasons()}."
+                f"{len(messages)} asked; {self._attendances.reasons()}."
             )
         # by name: the sum of noised counts depends on the order of addition
         names = sorted(counts)
@@ -124,7 +124,7 @@ class LandmarkRound(Rounds):
             sites_valid=len(counts),
             train_loss=None,
         )
-        self.state = replace(self.state, server_round=1, rounds=(record,))
+        self._state = replace(self._state, server_round=1, rounds=(record,))
         self._trail.record("round_finished", round=1, rounds=1, sites_valid=len(counts))
         return found
 
@@ -147,12 +147,10 @@ class LandmarkRound(Rounds):
                 content = self._content(name, reply)
                 scored = exchange.read_scored(content, server_round=1, part="train", expected=expected)
             except InvalidReply as problem:
-                self._note(name, problem.code, 1)
+                self._attendances.note_problem(name, problem.code, server_round=1)
                 continue
             counts[name] = scored.arrays["landmarks"]
-            seen = self._attendance(name)
-            self._attend(name, replace(seen, valid=seen.valid + 1, training_tasks=seen.training_tasks + 1))
-            self._trail.record("reply", round=1, site=name)
+            self._attendances.note_update(name, server_round=1)
         return counts
 
     def _noise_std(self, name: str) -> float:

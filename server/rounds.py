@@ -23,9 +23,10 @@ from common.model import FlatArray
 from common.plan import NoPrivacy, Plan
 from common.trail import Trail
 from server import approvals
-from server.checkpoint import Attendance, RoundRecord, RunState
+from server.attendance import Attendances
+from server.checkpoint import RoundRecord, RunState
 from server.heads import Heads, taken_from
-from server.mailbox import NOT_READABLE, Bytes, Mailbox
+from server.mailbox import NOT_READABLE, Mailbox
 from server.norm import largest_norm
 from server.revoked import REVOKED
 from server.roster import Roster
@@ -72,9 +73,16 @@ class Rounds:
         self._roster = Roster(
             self._mailbox, plan=plan, run=state.run, trail=trail, heads=heads, first_turn=self._first_turn
         )
+        self._attendances = Attendances(
+            state.attendance, mailbox=self._mailbox, roster=self._roster, trail=trail, revoked=revoked
+        )
         self._strategy = strategy(lambda purpose: list(self._nodes(purpose)))
-        self.state = state
+        self._state = state
+
+    @property
+    def state(self) -> RunState:
         """The last good state; kept when the run fails."""
+        return replace(self._state, attendance=self._attendances.by_site)
 
     def run(self) -> Released:
         """Runs all rounds that are left, evaluates the test part, delivers the model.
@@ -85,54 +93,54 @@ class Rounds:
         self._keep_turns_key()
         self._roster.gather()
         self._learn_sites()
-        if self.state.server_round == 0 and self._roster.waiting:
+        if self._state.server_round == 0 and self._roster.waiting:
             self._await_approval()
-        while self.state.server_round < self._plan.rounds:
+        while self._state.server_round < self._plan.rounds:
             self._roster.admit_newcomers()
             self._learn_sites()
-            self._count_late()
-            self._round(self.state.server_round + 1)
+            self._attendances.count_late()
+            self._round(self._state.server_round + 1)
         test = Released(statistics={}, noise_std={})
         if self._plan.evaluation.test_at_end:
             test = self._evaluate("test", self._plan.rounds)
         self._learn_sites()
         self._deliver()
-        self._count_away()
-        self._count_late()
-        self._count_bytes()
+        self._attendances.count_away(server_round=self._state.server_round + 1)
+        self._attendances.count_late()
+        self._attendances.count_bytes()
         return test
 
     def _await_approval(self) -> None:
         """Waits for persons at the sites; the deadline counts from the first asking, whatever died since."""
         deadline = self._plan.approval_deadline_seconds
-        left = approvals.seconds_left(self.state.waiting_since, deadline_seconds=deadline)
+        left = approvals.seconds_left(self._state.waiting_since, deadline_seconds=deadline)
         if left > 0:
             self._trail.record("approval_awaited", sites=self._roster.waiting, seconds=left)
             self._roster.await_decisions(seconds=left, learn=self._learn_sites)
 
     def _keep_turns_key(self) -> None:
         """Keeps what decides the draws before the first, so that a restart asks the same sites."""
-        if self._plan.sites_per_round is not None and not self.state.turns_key:
-            self.state = replace(self.state, turns_key=key_of(self._plan))
+        if self._plan.sites_per_round is not None and not self._state.turns_key:
+            self._state = replace(self._state, turns_key=key_of(self._plan))
             self._save(self.state)
 
     def _first_turn(self, name: str) -> bytes:
-        return first_turn(name, key=self.state.turns_key) if self.state.turns_key else b""
+        return first_turn(name, key=self._state.turns_key) if self._state.turns_key else b""
 
     def _nodes(self, purpose: str) -> Sequence[int]:
         """Returns the nodes to ask, by site name; of the training sites those whose turn it is."""
         nodes = self._roster.nodes(purpose)
-        count, state = self._plan.sites_per_round, self.state
+        count, state = self._plan.sites_per_round, self._state
         if purpose != "train" or count is None:
             return list(nodes.values())
         found = draw(nodes, turns=state.turns, count=count, key=state.turns_key)
-        self.state = replace(state, turns=dict(found.turns))
+        self._state = replace(state, turns=dict(found.turns))
         return [nodes[name] for name in found.names]
 
     def _round(self, server_round: int) -> None:
         start = time.monotonic()
         plan = self._plan
-        self._count_bytes()  # those before the round
+        self._attendances.count_bytes()  # those before the round
         task = self._task(server_round, "train", "")
         record = exchange.task_record(task, form=plan.exchange.update)
         messages = list(self._strategy.configure_train(server_round, *_parts(record), self._grid))
@@ -140,12 +148,12 @@ class Rounds:
         valid: list[str] = []
         replies = self._valid_updates(messages, server_round=server_round, valid=valid)
         arrays, measures = self._strategy.aggregate_train(server_round, replies)
-        self._count_away()
+        self._attendances.count_away(server_round=server_round)
         if len(valid) < plan.quorum or arrays is None or measures is None:
             raise QuorumNotReached(
                 f"Expected at least {plan.quorum} valid updates in round {server_round} for "
                 f"strategy={plan.strategy.name}, found "
-                f"{len(valid)} of {len(messages)} asked; {self._reasons()}. "
+                f"{len(valid)} of {len(messages)} asked; {self._attendances.reasons()}. "
                 f"The model after round {server_round - 1} is kept."
             )
         loss = measures.get("train-loss")
@@ -157,16 +165,18 @@ class Rounds:
             train_loss=None if loss is None else float(str(loss)),
         )
         parameters, velocity = descended(
-            self.state.parameters, self.state.velocity, unpacked(arrays["update"]), asked=plan.strategy
+            self._state.parameters, self._state.velocity, unpacked(arrays["update"]), asked=plan.strategy
         )
         if server_round == plan.rounds:
             parameters = self._carried(parameters)  # the model that sites test and keep is the result
-        self.state = replace(self.state, server_round=server_round, parameters=parameters, velocity=velocity)
+        self._state = replace(
+            self._state, server_round=server_round, parameters=parameters, velocity=velocity
+        )
         if server_round in plan.validation_rounds:
             record_of_round = self._validated(record_of_round)
-        crossed = self._count_bytes()
+        crossed = self._attendances.count_bytes()
         record_of_round = replace(record_of_round, bytes_down=crossed.down, bytes_up=crossed.up)
-        self.state = replace(self.state, rounds=(*self.state.rounds, record_of_round))
+        self._state = replace(self._state, rounds=(*self._state.rounds, record_of_round))
         self._save(self.state)
         self._trail.record(
             "round_finished",
@@ -192,19 +202,17 @@ class Rounds:
                 update = exchange.read_update(
                     content,
                     server_round=server_round,
-                    num_parameters=len(self.state.parameters),
+                    num_parameters=len(self._state.parameters),
                     form=self._plan.exchange.update,
                     bound=self._plan.strategy.update_bound,
                     max_norm=self._max_norm(site),
                     weight=self._weight(site),
                 )
             except InvalidReply as problem:
-                self._note(name, problem.code, server_round)
+                self._attendances.note_problem(name, problem.code, server_round=server_round)
                 continue
             valid.append(name)
-            seen = self._attendance(name)
-            self._attend(name, replace(seen, valid=seen.valid + 1, training_tasks=seen.training_tasks + 1))
-            self._trail.record("reply", round=server_round, site=name)
+            self._attendances.note_update(name, server_round=server_round)
             assert reply is not None
             if self._plan.exchange.update != "fp32":  # for Flower's strategies
                 reply.content = exchange.update_record(update)
@@ -215,7 +223,7 @@ class Rounds:
     def _max_norm(self, site: Prepared) -> float:
         asked = self._plan.strategy.max_update_norm
         possible = largest_norm(
-            self._plan, nominal_patients=site.nominal_patients, parameters=self.state.parameters
+            self._plan, nominal_patients=site.nominal_patients, parameters=self._state.parameters
         )
         return possible if asked is None else min(asked, possible)
 
@@ -267,15 +275,13 @@ class Rounds:
                 statistics[name] = measure.statistic(scored.arrays)
             except (InvalidReply, ValueError) as problem:
                 code = problem.code if isinstance(problem, InvalidReply) else "scores"
-                self._note(name, code, server_round)
+                self._attendances.note_problem(name, code, server_round=server_round)
                 continue
             if not is_exact:
                 noise_std[name] = measure_noise_std(
                     self._plan, nominal_patients=site.nominal_patients, part=part
                 )
-            seen = self._attendance(name)
-            self._attend(name, replace(seen, evaluations=(*seen.evaluations, part)))
-            self._trail.record("scores", round=server_round, part=part, site=name)
+            self._attendances.note_scores(name, server_round=server_round, part=part)
         return Released(statistics=statistics, noise_std=noise_std)
 
     def _deliver(self) -> None:
@@ -292,7 +298,9 @@ class Rounds:
                 self._content(self._roster.name(node), reply)
                 self._trail.record("model_delivered", site=self._roster.name(node))
             except InvalidReply as problem:
-                self._note(self._roster.name(node), problem.code, self._plan.rounds)
+                self._attendances.note_problem(
+                    self._roster.name(node), problem.code, server_round=self._plan.rounds
+                )
 
     def _content(self, name: str, reply: Message | None) -> RecordDict:
         """Returns what a site released; keeps what the reply says about its ledger."""
@@ -302,82 +310,33 @@ class Rounds:
 
     def _task(self, server_round: int, purpose: exchange.Purpose, part: str) -> Task:
         return Task(
-            run=self.state.run,
-            plan_hash=self.state.plan_hash,
+            run=self._state.run,
+            plan_hash=self._state.plan_hash,
             server_round=server_round,
             purpose=purpose,
             part=part,
-            parameters=self._carried(self.state.parameters),
+            parameters=self._carried(self._state.parameters),
         )
 
     def _carried(self, parameters: FlatArray) -> FlatArray:
         return quantisation.carried(parameters, form=self._plan.exchange.update)
 
     def _learn_sites(self) -> None:
-        former = self.state.waiting_since
+        former = self._state.waiting_since
         self._roster.strike(self._revoked())
         waiting = approvals.since(former, self._roster.waiting)
-        sites = {**self.state.sites, **self._roster.sites}
+        sites = {**self._state.sites, **self._roster.sites}
         sites |= {name: replace(sites[name], status=REVOKED) for name in self._revoked() & sites.keys()}
-        if (
-            sites != self.state.sites
-        ):  # else the checkpoint sees the same object, and writes nothing down again
-            self.state = replace(self.state, sites=sites)
-        self.state = replace(self.state, waiting_since=waiting)
-        if waiting != former and self.state.server_round == 0:
+        if sites != self._state.sites:  # else the checkpoint sees what it saw, and writes nothing down again
+            self._state = replace(self._state, sites=sites)
+        self._state = replace(self._state, waiting_since=waiting)
+        if waiting != former and self._state.server_round == 0:
             self._save(self.state)  # so that a restart does not wait as long again
-
-    def _count_away(self) -> None:
-        for node in self._mailbox.lost():
-            name = self._roster.name(node)
-            seen = self._attendance(name)
-            self._attend(name, replace(seen, away=seen.away + 1))
-            self._trail.record("site_away", site=name, round=self.state.server_round + 1)
-
-    def _count_late(self) -> None:
-        for late in self._mailbox.late():
-            name = self._roster.name(late.node)
-            seen = self._attendance(name)
-            self._attend(name, replace(seen, late=seen.late + 1))
-            self._trail.record("reply_late", site=name, round=late.group)
-
-    def _count_bytes(self) -> Bytes:
-        """Adds to each site's bytes what has crossed the network since the last call; returns the sum."""
-        total, attendance = Bytes(), dict(self.state.attendance)
-        for node, found in self._mailbox.bytes().items():
-            name = self._roster.name(node)
-            seen = attendance.get(name, Attendance())
-            down, up = seen.bytes_down + found.down, seen.bytes_up + found.up
-            attendance[name] = replace(seen, bytes_down=down, bytes_up=up)
-            total = Bytes(down=total.down + found.down, up=total.up + found.up)
-        self.state = replace(self.state, attendance=attendance)
-        return total
 
     def _note_asked(self, event: str, messages: list[Message], task: Task, **more: Any) -> None:
         asked = [self._roster.name(message.metadata.dst_node_id) for message in messages]
         told = {"round": task.server_round, **more, "sites": len(asked), "asked": asked}
         self._trail.record(event, **told, task=task.identity)
-
-    def _note(self, name: str, code: str, server_round: int) -> None:
-        if code == "missing" and name in self._revoked():
-            code = REVOKED
-        self._attend(name, self._attendance(name).with_problem(code))
-        self._trail.record("reply_rejected", round=server_round, site=name, code=code)
-
-    def _attendance(self, name: str) -> Attendance:
-        return self.state.attendance.get(name, Attendance())
-
-    def _attend(self, name: str, attendance: Attendance) -> None:
-        self.state = replace(self.state, attendance={**self.state.attendance, name: attendance})
-
-    def _reasons(self) -> str:
-        told = [
-            f"{name}: {', '.join(seen.problems)}"
-            for name, seen in self.state.attendance.items()
-            if seen.problems
-        ]
-        told += [f"{name}: {site.reason}" for name, site in self._roster.sites.items() if site.reason]
-        return "; ".join(told) or "no site took part"
 
 
 def _content(reply: Message | None) -> RecordDict:
