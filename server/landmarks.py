@@ -13,7 +13,7 @@ from flwr.app import Message
 
 from common import exchange, landmarks
 from common.calibration import landmark_noise_std
-from common.errors import InvalidReply, QuorumNotReached, RunError
+from common.errors import QuorumNotReached, RunError
 from common.landmarks import Floats
 from common.measure import ArrayKind
 from common.plan import NoPrivacy, Plan
@@ -140,16 +140,14 @@ class LandmarkRound(Rounds):
         asked = self._plan.landmarks
         assert asked is not None
         expected = {"landmarks": ArrayKind(shape=(len(asked.percentiles), asked.bins), dtype="float64")}
+
+        def read(name: str, reply: Message) -> Floats:
+            scored = exchange.read_scored(reply.content, server_round=1, part="train", expected=expected)
+            return scored.arrays["landmarks"]
+
         counts: dict[str, Floats] = {}
-        for node, reply in self._mailbox.ask(messages, deadline_seconds=self._plan.reply_deadline_seconds):
-            name = self._roster.name(node)
-            try:
-                content = self._content(name, reply)
-                scored = exchange.read_scored(content, server_round=1, part="train", expected=expected)
-            except InvalidReply as problem:
-                self._attendances.note_problem(name, problem.code, server_round=1)
-                continue
-            counts[name] = scored.arrays["landmarks"]
+        for name, found in self._answers(messages, server_round=1, read=read):
+            counts[name] = found
             self._attendances.note_update(name, server_round=1)
         return counts
 

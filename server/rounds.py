@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -32,6 +32,8 @@ from server.revoked import REVOKED
 from server.roster import Roster
 from server.strategy import descended
 from server.turns import draw, first_turn, key_of
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,33 +194,50 @@ class Rounds:
         self, messages: list[Message], *, server_round: int, valid: list[str]
     ) -> Iterator[Message]:
         """Yields validated replies one at a time; records what became of each."""
+
+        def read(name: str, reply: Message) -> Message:
+            if name in valid:
+                raise InvalidReply("second_reply")
+            site = self._roster.sites[name]
+            update = exchange.read_update(
+                reply.content,
+                server_round=server_round,
+                num_parameters=len(self._state.parameters),
+                form=self._plan.exchange.update,
+                bound=self._plan.strategy.update_bound,
+                max_norm=self._max_norm(site),
+                weight=self._weight(site),
+            )
+            if self._plan.exchange.update != "fp32":  # for Flower's strategies
+                reply.content = exchange.update_record(update)
+            return reply
+
+        for name, reply in self._answers(messages, server_round=server_round, read=read):
+            valid.append(name)
+            self._attendances.note_update(name, server_round=server_round)
+            yield reply
+            del reply
+
+    def _answers(
+        self, messages: Sequence[Message], *, server_round: int, read: Callable[[str, Message], T]
+    ) -> Iterator[tuple[str, T]]:
+        """Asks sites, and yields the name of each that answered and what was read of its reply; one is in
+        memory.
+
+        Args:
+            read: (name, reply) -> what is wanted of its content; raises ``InvalidReply``, which is counted.
+        """
         for node, reply in self._mailbox.ask(messages, deadline_seconds=self._plan.reply_deadline_seconds):
             name = self._roster.name(node)
             try:
-                content = self._content(name, reply)
-                if name in valid:
-                    raise InvalidReply("second_reply")
-                site = self._roster.sites[name]
-                update = exchange.read_update(
-                    content,
-                    server_round=server_round,
-                    num_parameters=len(self._state.parameters),
-                    form=self._plan.exchange.update,
-                    bound=self._plan.strategy.update_bound,
-                    max_norm=self._max_norm(site),
-                    weight=self._weight(site),
-                )
+                reply = _answered(reply)
+                self._heads.keep(name, taken_from(reply.content))  # what it says about the site's ledger
+                found = read(name, reply)
             except InvalidReply as problem:
                 self._attendances.note_problem(name, problem.code, server_round=server_round)
                 continue
-            valid.append(name)
-            self._attendances.note_update(name, server_round=server_round)
-            assert reply is not None
-            if self._plan.exchange.update != "fp32":  # for Flower's strategies
-                reply.content = exchange.update_record(update)
-            del content, update
-            yield reply
-            del reply
+            yield name, found
+            del reply, found
 
     def _max_norm(self, site: Prepared) -> float:
         asked = self._plan.strategy.max_update_norm
@@ -256,33 +275,36 @@ class Rounds:
         task = self._task(server_round, "evaluate", part)
         record = exchange.task_record(task, form=self._plan.exchange.update)
         messages = list(self._strategy.configure_evaluate(server_round, *_parts(record), self._grid))
-        statistics: dict[str, Statistic] = {}
-        noise_std: dict[str, float] = {}
         self._note_asked("evaluation_started", messages, task, part=part)
-        for node, reply in self._mailbox.ask(messages, deadline_seconds=self._plan.reply_deadline_seconds):
-            name = self._roster.name(node)
-            site = self._roster.sites[name]
+
+        def read(name: str, reply: Message) -> Statistic:
+            kinds = measure.arrays_of(
+                self._plan.asked, bins=self._plan.evaluation.bins, exact=self._is_exact(name)
+            )
             try:
-                is_exact = isinstance(self._plan.privacy, NoPrivacy) or site.data == "public"
                 scored = exchange.read_scored(
-                    self._content(name, reply),
-                    server_round=server_round,
-                    part=part,
-                    expected=measure.arrays_of(
-                        self._plan.asked, bins=self._plan.evaluation.bins, exact=is_exact
-                    ),
+                    reply.content, server_round=server_round, part=part, expected=kinds
                 )
-                statistics[name] = measure.statistic(scored.arrays)
-            except (InvalidReply, ValueError) as problem:
-                code = problem.code if isinstance(problem, InvalidReply) else "scores"
-                self._attendances.note_problem(name, code, server_round=server_round)
-                continue
-            if not is_exact:
-                noise_std[name] = measure_noise_std(
-                    self._plan, nominal_patients=site.nominal_patients, part=part
-                )
+                return measure.statistic(scored.arrays)
+            except ValueError:
+                raise InvalidReply("scores") from None
+
+        statistics: dict[str, Statistic] = {}
+        for name, statistic in self._answers(messages, server_round=server_round, read=read):
+            statistics[name] = statistic
             self._attendances.note_scores(name, server_round=server_round, part=part)
+        noise_std = {
+            name: measure_noise_std(
+                self._plan, nominal_patients=self._roster.sites[name].nominal_patients, part=part
+            )
+            for name in statistics
+            if not self._is_exact(name)
+        }
         return Released(statistics=statistics, noise_std=noise_std)
+
+    def _is_exact(self, name: str) -> bool:
+        """Says whether a site sends exact scores."""
+        return isinstance(self._plan.privacy, NoPrivacy) or self._roster.sites[name].data == "public"
 
     def _deliver(self) -> None:
         """Sends the final model to every site that takes part."""
@@ -293,20 +315,9 @@ class Rounds:
             Message(record, dst_node_id=node, message_type=exchange.DELIVER, ttl=ttl, group_id="deliver")
             for node in self._roster.nodes("deliver").values()
         ]
-        for node, reply in self._mailbox.ask(messages, deadline_seconds=self._plan.reply_deadline_seconds):
-            try:
-                self._content(self._roster.name(node), reply)
-                self._trail.record("model_delivered", site=self._roster.name(node))
-            except InvalidReply as problem:
-                self._attendances.note_problem(
-                    self._roster.name(node), problem.code, server_round=self._plan.rounds
-                )
-
-    def _content(self, name: str, reply: Message | None) -> RecordDict:
-        """Returns what a site released; keeps what the reply says about its ledger."""
-        content = _content(reply)
-        self._heads.keep(name, taken_from(content))
-        return content
+        last = self._plan.rounds
+        for name, _ in self._answers(messages, server_round=last, read=lambda name, reply: None):
+            self._trail.record("model_delivered", site=name)
 
     def _task(self, server_round: int, purpose: exchange.Purpose, part: str) -> Task:
         return Task(
@@ -339,8 +350,8 @@ class Rounds:
         self._trail.record(event, **told, task=task.identity)
 
 
-def _content(reply: Message | None) -> RecordDict:
-    """Returns a reply's content.
+def _answered(reply: Message | None) -> Message:
+    """Returns a reply that has a content.
 
     Raises:
         InvalidReply: there is none: missing at the deadline, an error of the site's process, a refusal.
@@ -352,7 +363,7 @@ def _content(reply: Message | None) -> RecordDict:
             raise InvalidReply("unreadable")
         raise InvalidReply(f"error_{int(reply.error.code)}")
     exchange.require_accepted(reply.content)
-    return reply.content
+    return reply
 
 
 def _parts(task: RecordDict) -> tuple[ArrayRecord, ConfigRecord]:
