@@ -24,7 +24,7 @@ from server.aggregation import Robust, strategy_of
 from server.heads import Heads
 from server.report import Report
 from tests.grid import InlineGrid
-from tests.test_server_rounds import site, tiny_plan
+from tests.rounds import site, tiny_plan
 
 Array = np.ndarray[Any, np.dtype[Any]]
 ROBUST = ("krum", "multikrum", "fedtrimmedavg", "fedmedian", "bulyan")

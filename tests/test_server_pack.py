@@ -16,9 +16,9 @@ from common.errors import DataError, StateError, UserError
 from server import pack, sbom
 from server.compliance import compliance
 from server.home import Home
+from tests.rounds import site, tiny_plan
 from tests.test_docs import DOCS, ROOT, TESTS
 from tests.test_server_report import Page
-from tests.test_server_rounds import site, tiny_plan
 from tests.test_server_trail import RUN, carry, make_home, verb
 
 NAMES = {

@@ -21,7 +21,7 @@ from server.roster import Roster
 from server.rounds import Rounds
 from server.strategy import FedAvg
 from tests.grid import InlineGrid
-from tests.test_server_rounds import site, tiny_plan
+from tests.rounds import site, tiny_plan
 
 OLD, NEW = 2, 9
 

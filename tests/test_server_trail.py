@@ -21,7 +21,7 @@ from server.home import Home, create_home
 from server.process import Identity
 from server.run_record import RunRecord
 from tests.grid import Behaviour, InlineGrid
-from tests.test_server_rounds import _dies, site, tiny_plan
+from tests.rounds import dies, site, tiny_plan
 
 RUN = "run-1"
 pytestmark = pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")
@@ -97,7 +97,7 @@ def test_a_run_is_signed_when_it_ends_and_before_it_is_called_ended(done: Home) 
 def test_a_run_without_a_quorum_is_signed_too(home: Home) -> None:
     plan = tiny_plan(sites=2)
     with pytest.raises(QuorumNotReached):
-        carry(home, plan, {"a": site(plan, "a", 0.5), "b": site(plan, "b", 0.5, edit=_dies)})
+        carry(home, plan, {"a": site(plan, "a", 0.5), "b": site(plan, "b", 0.5, edit=dies)})
     assert [event["event"] for event in events(home)][-2:] == ["run_failed", "signed"]
     assert trail.verify(home, run=RUN)[0].signed_to == len(events(home))
 

@@ -19,7 +19,7 @@ from server import checkpoint
 from server.turns import _rank, draw, first_turn, key_of
 from tests.grid import Behaviour
 from tests.plans import plan
-from tests.test_server_rounds import run, site, tiny_plan
+from tests.rounds import run, site, tiny_plan
 
 
 def drawn(names: Sequence[str], *, count: int, rounds: int, key: str = "k") -> list[tuple[str, ...]]:
