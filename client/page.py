@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from client import files, quarantine
 from client.site import Site
+from common.template import template
 
 if TYPE_CHECKING:
     from client.check import Findings
@@ -25,17 +26,8 @@ def write(site: Site, findings: Findings) -> Path:
 
 def render(site: Site, findings: Findings) -> str:
     """Returns the whole page as text; everything that comes from data is escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # the daemon does without
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     first = next(iter(findings.parts.values()), None)
-    return environment.get_template("check.html").render(
+    return template(Path(__file__).with_name("check.html")).render(
         findings=findings,
         classes=() if first is None else tuple(first.by_class),
         remedies=quarantine.REMEDIES,

@@ -14,12 +14,12 @@ from typing import Any, Final
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from common import durable, keys, seal, trail
 from common.errors import DataError, StateError, UserError
 from common.keys import PublicKey
 from common.seal import Finding
+from common.template import template
 from server import sbom
 from server import trail as trails
 from server.compliance import compliance
@@ -127,14 +127,7 @@ def approvals(path: Path) -> list[dict[str, Any]]:
 def _page(
     report: Report, found: Finding, *, approvals: list[dict[str, Any]], key: PublicKey, names: list[str]
 ) -> bytes:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("pack.html").render(
+    page = template(Path(__file__).with_name("pack.html")).render(
         report=report,
         found=asdict(found),
         approvals=approvals,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from common.template import template
 
 if TYPE_CHECKING:
+    from jinja2 import Template
+
     from server.report import Report
 
 UNKNOWN = "–"
@@ -52,24 +54,17 @@ def render(report: Report) -> str:
 
 @lru_cache(maxsize=1)  # to compile it takes as long as to draw the figures
 def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(
-        number=number,
-        percent=percent,
-        bounds=bounds,
-        upward=upward,
-        delta=delta,
-        clock=clock,
-        duration=duration,
-        size=size,
-    )
-    return environment.get_template("report.html")
+    filters: dict[str, Callable[..., str]] = {
+        "number": number,
+        "percent": percent,
+        "bounds": bounds,
+        "upward": upward,
+        "delta": delta,
+        "clock": clock,
+        "duration": duration,
+        "size": size,
+    }
+    return template(Path(__file__).with_name("report.html"), filters=filters)
 
 
 def _is_binary(plan: Mapping[str, Any]) -> bool:

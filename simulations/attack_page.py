@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+from common.template import template
 from server.page import delta, number, percent, upward
 
 if TYPE_CHECKING:
@@ -33,15 +32,8 @@ def render(report: AttackReport, *, picture: bytes | None = None) -> str:
     Args:
         picture: the recovered images, PNG.
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=number, percent=percent, upward=upward, delta=delta)
-    page = environment.get_template("attack.html")
+    filters = {"number": number, "percent": percent, "upward": upward, "delta": delta}
+    page = template(Path(__file__).with_name("attack.html"), filters=filters)
     return page.render(
         report=report,
         audit=report.audit,

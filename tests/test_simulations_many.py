@@ -124,7 +124,7 @@ def test_two_workers_end_in_the_same_bits_and_stay_for_the_next_run(
 class Noting(engine.LocalGrid):
     """Notes which workers the tasks of each round wait for."""
 
-    homes: ClassVar[list[list[int]]] = []
+    homes: ClassVar[list[list[int]]]
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         listed = list(messages)
@@ -138,6 +138,7 @@ def test_the_sites_of_a_round_were_prepared_by_different_workers(
 ) -> None:
     """So that no worker has to open a cohort that the other has open."""
     monkeypatch.setattr(engine, "LocalGrid", Noting)
+    monkeypatch.setattr(Noting, "homes", [], raising=False)
     run(sites, tmp_path, workers=3)
     assert [sorted(homes) for homes in Noting.homes] == [[0, 1, 2]] * 4
 
