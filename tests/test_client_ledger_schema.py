@@ -20,8 +20,8 @@ from common import chain
 from common.command import exit_code
 from common.errors import LedgerError, SchemaError, UserError
 from common.privacy import Spend, epsilon, merged
+from tests.ledgers import DELTA, charge_of, fill, opened, rows
 from tests.sites import write_site
-from tests.test_client_ledger import DELTA, charge_of, fill, opened, rows
 
 FORMER = (Path(__file__).parent / "former" / "ledger-1.sql").read_text(encoding="utf-8")
 FORMER_EPSILON = 6.564345684626634
