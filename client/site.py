@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -120,27 +120,27 @@ class Site:
     def name(self) -> str:
         return self.settings.name
 
-    @property
+    @cached_property
     def state(self) -> Path:
         """Ledger, replies, models and events."""
         return (self.records or self.directory) / "state"
 
-    @property
+    @cached_property
     def runs(self) -> Path:
         """For each run the cases that it used."""
         return (self.records or self.private) / "runs"
 
-    @property
+    @cached_property
     def approvals(self) -> Path:
         """What was decided about plans."""
         return (self.records or self.private) / "approvals"
 
-    @property
+    @cached_property
     def private(self) -> Path:
         """Keys and everything that names a case; mode 0700; never leaves."""
         return self.directory / "private"
 
-    @property
+    @cached_property
     def cache(self) -> Path:
         """Preprocessed cases; can be deleted at any time."""
         return self.directory / "cache"

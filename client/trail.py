@@ -53,7 +53,7 @@ def head_path(site: Site) -> Path:
 
 
 def _seal(site: Site) -> Seal:
-    return Seal(name=_name(site), key=keys.own(site.private / "site.key"), head=head_path(site))
+    return Seal(name=_name(site), key_file=site.private / "site.key", head=head_path(site))
 
 
 def _name(site: Site) -> str:

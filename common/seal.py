@@ -37,12 +37,22 @@ class Head:
 class Seal:
     """With what a trail is signed.
 
-    name: says which trail it is, so that none can be put in the place of another. head: the second file.
+    name: says which trail it is, so that none can be put in the place of another. key_file: made at the first
+    signature. head: the second file.
     """
 
     name: str
-    key: PrivateKey
+    key_file: Path
     head: Path
+
+    @property
+    def key(self) -> PrivateKey:
+        """The private key, read when it is needed: to parse one takes as long as to sign.
+
+        Raises:
+            UserError: readable by others, or not a P-384 key.
+        """
+        return keys.own(self.key_file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +89,7 @@ def sign(path: Path, seal: Seal) -> None:
 
     Raises:
         StateError: the trail is broken; a signature would hide it.
+        UserError: the key cannot be used.
     """
     if not path.exists() and not seal.head.exists():
         return

@@ -60,6 +60,7 @@ class Mailbox:
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self._knowing = grid if isinstance(grid, Knowing) else None
         self.addresses = Addresses(grid)
         self._overdue: dict[str, Late] = {}
         self._lost: list[int] = []
@@ -190,8 +191,8 @@ class Mailbox:
 
     def _after(self, seconds: float, pending: Mapping[str, Message]) -> list[str]:
         """Returns the messages to look at: after a pause, or as soon as a grid knows what is there."""
-        if isinstance(self._grid, Knowing):
-            return self._grid.arrived(pending, seconds=seconds)
+        if self._knowing is not None:
+            return self._knowing.arrived(pending, seconds=seconds)
         time.sleep(seconds)
         return list(pending)
 

@@ -108,7 +108,7 @@ def _sign(path: Path, *, name: str, key: Path, head: Path) -> None:
     """A broken trail is left unsigned and said in the log: it must not end what it only tells of."""
     try:
         head.parent.mkdir(parents=True, exist_ok=True)
-        seal.sign(path, Seal(name=name, key=keys.own(key), head=head))
+        seal.sign(path, Seal(name=name, key_file=key, head=head))
     except (StateError, UserError) as error:
         logger.error("%s", error)
     except OSError as error:

@@ -33,7 +33,10 @@ def path(tmp_path: Path) -> Path:
 
 
 def seal_of(path: Path) -> Seal:
-    return Seal(name="run a", key=KEY, head=path.with_name("trail.head"))
+    file = path.with_name("trail.key")
+    if not file.exists():
+        keys.write_private(file, KEY)
+    return Seal(name="run a", key_file=file, head=path.with_name("trail.head"))
 
 
 def written(path: Path, *, runs: int = 2, events: int = 3) -> list[bytes]:
@@ -249,7 +252,7 @@ def test_what_was_recorded_before_a_kill_is_there_and_the_chain_goes_on(path: Pa
 KILLED_WITHIN = """
 import os, signal, sys
 from pathlib import Path
-from common import keys, seal, trail
+from common import seal, trail
 from common.seal import Seal
 from common.trail import End, Trail
 path, bytes_written, what = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
@@ -261,7 +264,7 @@ os.write = half
 if what == "record":
     Trail(path).record("reply", site="north")
 else:
-    seal.sign(path, Seal(name="run a", key=keys.read_private(Path(what)), head=path.with_name("trail.head")))
+    seal.sign(path, Seal(name="run a", key_file=Path(what), head=path.with_name("trail.head")))
 """
 
 
