@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections import Counter
@@ -61,6 +62,7 @@ def main(grid: Grid, context: Context) -> None:
         plan = Plan.from_json(str(context.run_config["plan"]))  # of another schema, after an update
         largest = max(MIN_REPLY_BYTES, 12 * model.num_parameters(model.build(plan)))
         bound_messages(largest, max_seconds=UPLOAD_SECONDS)
+        gc.freeze()  # the imports are no garbage, for which Flower's Bulyan looks at every update
         coordinate(
             grid,
             plan,

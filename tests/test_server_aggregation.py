@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from itertools import combinations
 from pathlib import Path
@@ -29,6 +30,12 @@ from tests.rounds import site, tiny_plan
 Array = np.ndarray[Any, np.dtype[Any]]
 ROBUST = ("krum", "multikrum", "fedtrimmedavg", "fedmedian", "bulyan")
 SIZE = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """As in a coordinator: Flower's Bulyan collects garbage for every update."""
+    gc.freeze()
 
 
 def robust_plan(name: str, *, sites: int = 11, quorum: int = 7, **changes: Any) -> Plan:
@@ -157,7 +164,7 @@ def test_bulyan_is_that_of_el_mhamdi(case: tuple[int, int, int], f: int) -> None
 
 
 @pytest.mark.parametrize("name", ROBUST)
-@settings(deadline=None, max_examples=4)  # Flower's Bulyan collects garbage for every update
+@settings(deadline=None, max_examples=4)
 @given(seed=st.integers(0, 2**32 - 1), order=st.permutations(range(9)))
 def test_any_order_of_arrival_gives_the_same_bits_under_every_rule(
     name: str, seed: int, order: list[int]

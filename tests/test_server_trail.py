@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -100,6 +101,14 @@ def test_a_run_without_a_quorum_is_signed_too(home: Home) -> None:
         carry(home, plan, {"a": site(plan, "a", 0.5), "b": site(plan, "b", 0.5, edit=dies)})
     assert [event["event"] for event in events(home)][-2:] == ["run_failed", "signed"]
     assert trail.verify(home, run=RUN)[0].signed_to == len(events(home))
+
+
+def test_what_was_there_before_a_run_is_not_looked_at_for_garbage(home: Home) -> None:
+    """Flower's Bulyan collects garbage for every update: a tenth of a second each, with what is imported."""
+    before: list[list[str]] = [[]]
+    plan = tiny_plan(sites=1, quorum=1)
+    carry(home, plan, {"a": site(plan, "a", 0.5)})
+    assert not any(one is before for one in gc.get_objects())
 
 
 def test_the_coordinator_records_who_submitted_and_stopped_what(home: Home) -> None:
