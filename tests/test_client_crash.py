@@ -9,7 +9,7 @@ from common import model
 from tests import crash
 from tests.crash import SECURE, SEEDED, Hospital
 
-EVERY = 4
+EVERY = 8
 
 
 @pytest.mark.parametrize("first", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, EVERY))])
