@@ -251,10 +251,15 @@ def run(sites: Sequence[Path], directory: Path) -> Counter[str]:
     return spent
 
 
-def timed(place: Path, directory: Path) -> tuple[float, Counter[str]]:
-    """Returns the seconds of a whole run in a process of its own, and what it spent by kind."""
+def timed(folder: Path, directory: Path) -> tuple[float, Counter[str]]:
+    """Returns the seconds of a whole run in a process of its own, and what it spent by kind.
+
+    Args:
+        folder: of the sites.
+        directory: of this run, new; its name is that of the files at the sites.
+    """
     begun = time.monotonic()
-    command = [sys.executable, "-m", "benchmarks.least_run", "--place", str(place)]
+    command = [sys.executable, "-m", "benchmarks.least_run", "--folder", str(folder)]
     done = subprocess.run([*command, "--directory", str(directory)], stdout=subprocess.PIPE, check=True)
     return time.monotonic() - begun, Counter(json.loads(done.stdout))
 
@@ -264,20 +269,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sites", type=int, default=1000)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--place", type=Path)
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--directory", type=Path)
     asked = parser.parse_args()
     if asked.directory is not None:
-        sites = sorted(path.parent for path in asked.place.glob("sites/*/*/site.yaml"))
+        sites = sorted(path.parent for path in asked.folder.glob("*/site.yaml"))
         print(json.dumps(run(sites, asked.directory)))
         gc.freeze()  # the interpreter would collect a million objects of torch's one by one
         return
     from benchmarks.many_sites import Federation
 
     with tempfile.TemporaryDirectory() as place:
-        Federation(Path(place), num_sites=asked.sites, rounds=1)
+        folder = Federation(Path(place), num_sites=asked.sites, rounds=1).sites
         # nothing is deleted in between: some file systems make files slowly for minutes after
-        runs = [timed(Path(place), Path(place, f"run-{number}")) for number in range(asked.runs)]
+        runs = [timed(folder, Path(place, f"least-{number}")) for number in range(asked.runs)]
     _, spent = min(runs, key=lambda run: run[0])
     for name, seconds in spent.most_common():
         print(f"{seconds:.2f} s of a processor: {name}")

@@ -6,8 +6,9 @@ data are random; sites are written and their images decoded before, by a run tha
 processes are timed, imports and report included; what both engines do for a round (charge, trail, reply on
 disk) is the same files. Of 1,000 sites every task is the site's first in the run, with files of its own; of
 10 hardly any is. That is seen where a step takes half a millisecond, as one of logistic regression does;
-the network of ``conf/model/cnn.yaml``, in fewer rounds, says what it is where a round has more work. Memory
-is the peak of all processes together, as PSS (``benchmarks/tree.py``).
+the network of ``conf/model/cnn.yaml``, in fewer rounds, says what it is where a round has more work. Beside
+both engines stands what ``benchmarks/least_run.py`` leaves of a run on the same sites, which no simulation
+of directories can leave out. Memory is the peak of all processes together, as PSS (``benchmarks/tree.py``).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import least_run
 from benchmarks.figure import tell
 from benchmarks.tree import Cost, measured
 
@@ -67,11 +69,16 @@ class Federation:
     """So many sites in a folder, written and decoded; a run of it is a process of its own."""
 
     def __init__(self, place: Path, *, num_sites: int, rounds: int) -> None:
-        self._place = place
+        self._place, self._name = place, f"sites-{num_sites}"
         self._own = [f"data.file={place / f'{num_sites}.npz'}", f"data.num_sites={num_sites}"]
-        self._own += [f"plan.rounds={rounds}", f"experiment.name=sites-{num_sites}"]
+        self._own += [f"plan.rounds={rounds}", f"experiment.name={self._name}"]
         write_data(place / f"{num_sites}.npz", num_sites=num_sites)
         self.run("plan.rounds=1")
+
+    @property
+    def sites(self) -> Path:
+        """The folder of the sites."""
+        return self._place / "sites" / self._name
 
     def run(self, *overrides: str) -> Cost:
         """Returns the cost of a run; its files are in the newest folder of ``runs``."""
@@ -101,6 +108,8 @@ def engines(place: Path, *, num_sites: int, rounds: int, runs: int) -> None:
     for _ in range(runs):
         local.append(federation.run())
         flower.append(federation.run("engine=flower"))
+    # at the end: what these write at the sites would have to be put aside by a run
+    least = [least_run.timed(federation.sites, place / f"least-{number}")[0] for number in range(runs)]
     for name, costs in (("local", local), ("flower", flower)):
         print(
             f"{name:>6}, {num_sites} sites, {rounds} rounds: {shown([one.seconds for one in costs])} s, "
@@ -110,6 +119,9 @@ def engines(place: Path, *, num_sites: int, rounds: int, runs: int) -> None:
     name = f"{num_sites} sites, {rounds} rounds"
     tell(f"{name}, Flower's engine over ours", ratios, at_least=20.0)
     tell(f"{name}, memory", [one.megabytes for one in local], unit="MB", at_most=500.0)
+    tell(f"{name}, the least that a run takes", least, unit="s")
+    ratios = [theirs.seconds / bare for bare, theirs in zip(least, flower, strict=True)]
+    tell(f"{name}, Flower's engine over that", ratios)
 
 
 def by_sites(federations: Mapping[int, Federation], *, model: str, rounds: int, runs: int) -> None:

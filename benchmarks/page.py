@@ -28,7 +28,6 @@ BENCHMARKS: Final[dict[str, list[str]]] = {
     "step_cost": [],
     "server_memory": [],
     "many_sites": [],
-    "least_run": [],
     "round_overhead": [],
     "round_cost": [],
     "flare": [],
