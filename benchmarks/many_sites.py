@@ -9,6 +9,9 @@ disk) is the same files. Of 1,000 sites every task is the site's first in the ru
 the network of ``conf/model/cnn.yaml``, in fewer rounds, says what it is where a round has more work. Beside
 both engines stands what ``benchmarks/least_run.py`` leaves of a run on the same sites, which no simulation
 of directories can leave out. Memory is the peak of all processes together, as PSS (``benchmarks/tree.py``).
+
+Not to be run within minutes after many files were deleted, as by tests: some file systems make files slowly
+then (``docs/decisions/030``), and a site's first task makes more of them than a later one.
 """
 
 from __future__ import annotations
