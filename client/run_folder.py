@@ -11,6 +11,12 @@ from client.site import Site
 from common import durable
 
 
+def make(site: Site, *, run: str) -> None:
+    """Makes the folder of a run before its first task, which waits for it less; it is empty until then."""
+    private_directory(site.runs)
+    private_directory(site.runs / run)
+
+
 @contextmanager
 def opened(site: Site, *, run: str) -> Iterator[Path]:
     """Yields the folder of a run, made where it is new; no other process has it meanwhile.

@@ -7,7 +7,6 @@ Nothing of this leaves the site.
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,11 +121,12 @@ def _keys(table: pyarrow.Table) -> list[Key]:
 
 
 def _content(table: pyarrow.Table) -> bytes:
+    import pyarrow
     from pyarrow import parquet
 
-    stream = io.BytesIO()
+    stream = pyarrow.BufferOutputStream()
     parquet.write_table(table, stream, use_dictionary=list(SAME), write_statistics=False)
-    return stream.getvalue()
+    return bytes(stream.getvalue())
 
 
 @lru_cache(maxsize=2)

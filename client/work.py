@@ -66,6 +66,7 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
         course.require_plan(site, plan, run=task.run)
         _require_ledger(site, plan, task)
         _open(site, plan)
+        run_folder.make(site, run=task.run)
     except Refusal as refusal:
         logger.info("declined: %s", refusal)
         reason = refusal.code
