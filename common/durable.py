@@ -44,11 +44,16 @@ def write(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             sync(file.fileno())
-        os.replace(temporary, path)
+        move(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)  # a full disk has no room for remains
         raise
-    sync_directory(path.parent)
+
+
+def move(path: Path, to: Path) -> None:
+    """Gives a file that the disk has the name of another in its directory, or as a new one."""
+    os.replace(path, to)
+    sync_directory(to.parent)
 
 
 def replace(path: Path, data: bytes) -> None:

@@ -1,8 +1,9 @@
 """Signed ends of trails: they prove that no line was changed, removed, added or moved, and none cut off.
 
 ``sign`` appends a line that signs all lines before it, and writes number and hash of this line, signed too,
-to a second file, the *head*. A trail that no longer has that line was cut. What came after the last signed
-line is chained, but whoever may write the file can cut it or write it anew.
+to a second file, the *head*, which has another name (``.coming``) until the line is on the disk. A trail that
+no longer has the head's line was cut. What came after the last signed line is chained, but whoever may write
+the file can cut it or write it anew.
 """
 
 from __future__ import annotations
@@ -100,22 +101,26 @@ def sign(path: Path, seal: Seal) -> None:
                 f"Expected an unbroken trail in {path}, found line {found.line}: {found.problem}; look at "
                 f"what happened, then move it away together with {seal.head}: a new one begins."
             )
+        if found.signed_to and not seal.head.exists():  # whoever signed first was killed before the end
+            durable.move(_coming(seal.head), seal.head)
         if found.lines == found.signed_to:
             return
-        if not seal.head.exists():  # so that its absence beside a signed line always means a loss
-            _remember(seal, End(number=0, hash=GENESIS))
         last = trail.end(descriptor)
         signature = chain.signature(_text(seal.name, last), key=seal.key)
         fields = {"trail": seal.name, "key": keys.fingerprint(seal.key.public_key()), "signature": signature}
-        signed = trail.append(descriptor, SIGNED, fields)
+        line, signed = trail.line(SIGNED, fields, after=last)
+        durable.write(_coming(seal.head), _remembering(seal, signed))  # none beside a signed line is a loss
+        trail.write(descriptor, line)
         durable.sync(descriptor)  # the head must never be ahead of it
-        _remember(seal, signed)
+        durable.move(_coming(seal.head), seal.head)
 
 
 def verify(path: Path, *, name: str, key: PublicKey, head: Path) -> Finding:
     """Checks every line, every signature, and that the trail still has the line that was signed last."""
     remembered = read_head(head)  # before the lines: another process may be adding some
     lines = _lines(path) if path.exists() else []
+    if remembered is None:  # the first signature may be on its way, or have come meanwhile
+        remembered = _of_these(lines, read_head(_coming(head))) or read_head(head)
     if remembered is None and head.exists():
         problem = f"{head.name}, which remembers the last signed line, is damaged"
         return Finding(trail=name, lines=len(lines), signed_to=0, line=max(1, len(lines)), problem=problem)
@@ -224,11 +229,22 @@ def parse_head(content: bytes) -> Head | None:
         return None
 
 
-def _remember(seal: Seal, end: End) -> None:
-    head = Head(
-        number=end.number, hash=end.hash, signature=chain.signature(_text(seal.name, end), key=seal.key)
-    )
-    durable.write(seal.head, json.dumps(asdict(head)).encode("ascii"))
+def _of_these(lines: Sequence[bytes], head: Head | None) -> Head | None:
+    """Returns a head if the line that it remembers is one of these."""
+    if head is None or not 0 < head.number <= len(lines):
+        return None
+    return head if line_hash(lines[head.number - 1].removesuffix(b"\n")) == head.hash else None
+
+
+def _remembering(seal: Seal, end: End) -> bytes:
+    """Returns what the second file has to hold."""
+    signature = chain.signature(_text(seal.name, end), key=seal.key)
+    return json.dumps(asdict(Head(number=end.number, hash=end.hash, signature=signature))).encode("ascii")
+
+
+def _coming(head: Path) -> Path:
+    """Returns the file that becomes the second one when the line that it remembers is on the disk."""
+    return head.with_name(f"{head.name}.coming")
 
 
 def _text(name: str, end: End) -> str:

@@ -86,8 +86,9 @@ class Trail:
 
 def append(descriptor: int, event: str, fields: Mapping[str, Any]) -> End:
     """Appends one event to a locked trail and returns its line."""
-    last = end(descriptor)
-    return _append(descriptor, event, fields, after=last)
+    text, appended = line(event, fields, after=end(descriptor))
+    write(descriptor, text)
+    return appended
 
 
 def end(descriptor: int) -> End:
@@ -97,11 +98,31 @@ def end(descriptor: int) -> End:
         return End(number=0, hash=GENESIS)
     text, is_ended = _last_line(descriptor, size=size)
     if not is_ended:
-        _write(descriptor, b"\n")
+        write(descriptor, b"\n")
     event = parse(text)
     number = None if event is None else event.get("number")
     last = End(number=number if isinstance(number, int) else _count_lines(descriptor), hash=line_hash(text))
-    return _append(descriptor, LINE_CLOSED, {}, after=last) if event is None else last
+    if event is not None:
+        return last
+    closing, last = line(LINE_CLOSED, {}, after=last)
+    write(descriptor, closing)
+    return last
+
+
+def line(event: str, fields: Mapping[str, Any], *, after: End) -> tuple[bytes, End]:
+    """Returns the line of an event that is to follow another, with its end, and what it is the end of."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    first = {} if after.number else {"schema": SCHEMA}
+    tree = {"number": 0, "time": now, "event": event, **first, **fields}
+    tree |= {"number": after.number + 1, "previous": after.hash}  # a field cannot take their place
+    text = json.dumps(tree, allow_nan=False).encode("ascii")
+    return text + b"\n", End(number=after.number + 1, hash=line_hash(text))
+
+
+def write(descriptor: int, text: bytes) -> None:
+    """Appends to a locked trail what ``line`` returned after its end."""
+    while text:
+        text = text[os.write(descriptor, text) :]
 
 
 def parse(line: bytes) -> Event | None:
@@ -142,21 +163,6 @@ def account() -> str:
         return pwd.getpwuid(user).pw_name
     except KeyError:
         return str(user)
-
-
-def _append(descriptor: int, event: str, fields: Mapping[str, Any], *, after: End) -> End:
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    first = {} if after.number else {"schema": SCHEMA}
-    tree = {"number": 0, "time": now, "event": event, **first, **fields}
-    tree |= {"number": after.number + 1, "previous": after.hash}  # a field cannot take their place
-    text = json.dumps(tree, allow_nan=False).encode("ascii")
-    _write(descriptor, text + b"\n")
-    return End(number=after.number + 1, hash=line_hash(text))
-
-
-def _write(descriptor: int, text: bytes) -> None:
-    while text:
-        text = text[os.write(descriptor, text) :]
 
 
 def schema_of(first_line: bytes) -> object:

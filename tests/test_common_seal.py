@@ -315,13 +315,45 @@ def test_a_process_that_is_killed_while_it_signs_leaves_an_unbroken_trail(
     assert verified(path).is_unbroken and verified(path).signed_to == len(lines_of(path))
 
 
-def test_a_first_signature_that_was_interrupted_is_made_good(path: Path) -> None:
+@pytest.mark.parametrize("bytes_written", [0, 50, 10**6])
+def test_a_first_signature_that_was_interrupted_is_made_good(path: Path, bytes_written: int) -> None:
     Trail(path).record("first")
     keys.write_private(path.with_name("key"), KEY)
-    killed_within(path, bytes_written=10**6, what=str(path.with_name("key")))
-    assert verified(path).is_unbroken
+    killed_within(path, bytes_written=bytes_written, what=str(path.with_name("key")))
+    assert verified(path).is_unbroken and not seal_of(path).head.exists()
     seal.sign(path, seal_of(path))
-    assert verified(path).signed_to == 3
+    found = verified(path)
+    assert found.is_unbroken and found.signed_to == len(lines_of(path))
+    assert [file.name for file in path.parent.glob("*head*")] == ["trail.head"]
+
+
+def test_a_first_signature_that_comes_while_a_trail_is_verified_is_no_loss(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Trail(path).record("first")
+    read = seal._lines
+
+    def signed_meanwhile(path: Path) -> list[bytes]:
+        monkeypatch.setattr(seal, "_lines", read)
+        seal.sign(path, seal_of(path))
+        return read(path)
+
+    monkeypatch.setattr(seal, "_lines", signed_meanwhile)
+    assert verified(path).signed_to == 2
+
+
+def test_what_a_killed_signature_left_stands_in_for_no_lost_head(path: Path) -> None:
+    written(path, runs=1)
+    Trail(path).record("more")
+    keys.write_private(path.with_name("key"), KEY)
+    killed_within(path, bytes_written=0, what=str(path.with_name("key")))
+    head, lines = seal_of(path).head, path.read_bytes()
+    assert head.with_name("trail.head.coming").exists() and verified(path).is_unbroken
+    head.rename(path.with_name("kept"))
+    assert "nothing remembers it" in verified(path).problem
+    path.with_name("kept").rename(head)
+    path.write_bytes(lines[: lines.index(b"signed")])
+    assert not verified(path).is_unbroken
 
 
 def test_what_an_event_costs_does_not_grow_with_the_trail(
@@ -355,7 +387,7 @@ def test_a_trail_of_a_newer_version_is_refused_and_left_as_it_is(path: Path) -> 
 
 def test_a_trail_from_before_schemas_were_noted_goes_on(path: Path) -> None:
     """Its first line is signed as it is, without one."""
-    with patch.object(trail, "_append", _without_schema):
+    with patch.object(trail, "line", _without_schema):
         written(path)
     assert b"schema" not in path.read_bytes()
     Trail(path).record("next")
@@ -363,12 +395,11 @@ def test_a_trail_from_before_schemas_were_noted_goes_on(path: Path) -> None:
     assert verified(path).is_unbroken
 
 
-def _without_schema(descriptor: int, event: str, fields: Mapping[str, Any], *, after: End) -> End:
+def _without_schema(event: str, fields: Mapping[str, Any], *, after: End) -> tuple[bytes, End]:
     """As the former software wrote a line."""
     tree = {"number": after.number + 1, "time": "2026-11-24T12:00:00.000+00:00", "event": event, **fields}
     text = json.dumps(tree | {"previous": after.hash}).encode()
-    os.write(descriptor, text + b"\n")
-    return End(number=after.number + 1, hash=trail.line_hash(text))
+    return text + b"\n", End(number=after.number + 1, hash=trail.line_hash(text))
 
 
 def test_a_trail_of_an_older_version_goes_on_and_is_told_apart(path: Path) -> None:
