@@ -28,6 +28,7 @@ SCHEMA = 2
 _TENSORS = ("parameters", "velocity")
 _MARK = b', "sha256": "'
 _KEPT = 2  # if the newest is damaged, the one before still is there
+_SPARE = ".spare"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,22 +145,25 @@ _ENTRIES = {"sites": _Entries(Prepared), "attendance": _Entries(Attendance)}
 
 
 def save_state(directory: Path, state: RunState) -> None:
-    """Writes ``checkpoints/<round>/``; after a crash it is there whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{state.server_round:06d}.{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    """Writes ``checkpoints/<round>/``; after a crash it is there whole or not at all.
+
+    It is written over a state that is kept no longer: where something is deleted in every round, some file
+    systems make all files slowly.
+    """
+    spare = directory / _SPARE
+    spare.mkdir(parents=True, exist_ok=True)
     tensors = {name: getattr(state, name) for name in _TENSORS if getattr(state, name) is not None}
     parameters = save(tensors)
     text = _text(state)
-    _write(temporary / "parameters.safetensors", parameters)
-    _write(temporary / "state.json", marked(text, parameters=parameters))
+    _write(spare / "parameters.safetensors", parameters)
+    _write(spare / "state.json", marked(text, parameters=parameters))
     final = directory / f"{state.server_round:06d}"
     shutil.rmtree(final, ignore_errors=True)
-    os.replace(temporary, final)
+    os.replace(spare, final)
     durable.sync_directory(directory)
     for old in _saved(directory)[:-_KEPT]:
-        shutil.rmtree(old)
+        shutil.rmtree(spare, ignore_errors=True)
+        os.replace(old, spare)
 
 
 def _text(state: RunState) -> bytes:
@@ -231,7 +235,8 @@ def _load(path: Path) -> RunState | None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
         file.write(data)
+        file.truncate()
         file.flush()
         durable.sync(file.fileno())

@@ -80,7 +80,21 @@ def test_the_newest_of_several_is_loaded_and_two_are_kept(tmp_path: Path) -> Non
         checkpoint.save_state(tmp_path, state(number))
     found = saved(tmp_path)
     assert found is not None and found.server_round == 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["000002", "000003"]
+    assert sorted(path.name for path in tmp_path.glob("[0-9]*")) == ["000002", "000003"]
+
+
+def test_what_is_kept_no_longer_is_written_over_and_nothing_is_deleted(tmp_path: Path) -> None:
+    def files(server_round: int) -> set[int]:
+        return {path.stat().st_ino for path in (tmp_path / f"{server_round:06d}").iterdir()}
+
+    longer = replace(state(1), velocity=np.ones(5, np.float32))
+    checkpoint.save_state(tmp_path, replace(longer, rounds=longer.rounds * 9))
+    first = files(1)
+    for number in (2, 3, 4):
+        checkpoint.save_state(tmp_path, state(number))
+    assert files(4) == first
+    found = saved(tmp_path)
+    assert found is not None and found.server_round == 4 and found.velocity is None
 
 
 @pytest.mark.parametrize("name", ["parameters.safetensors", "state.json"])
@@ -113,10 +127,15 @@ def test_a_checkpoint_of_another_plan_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_half_written_checkpoint_is_not_seen(tmp_path: Path) -> None:
-    checkpoint.save_state(tmp_path, state(1))
-    (tmp_path / ".000002.77").mkdir()
+    for number in (1, 2, 3):
+        checkpoint.save_state(tmp_path, state(number))
+    (half,) = (path for path in tmp_path.iterdir() if path.name.startswith("."))
+    (half / "state.json").write_bytes((tmp_path / "000003" / "state.json").read_bytes()[:-9])
     found = saved(tmp_path)
-    assert found is not None and found.server_round == 1
+    assert found is not None and found.server_round == 3
+    checkpoint.save_state(tmp_path, state(4))
+    found = saved(tmp_path)
+    assert found is not None and found.server_round == 4
 
 
 @pytest.mark.parametrize(
