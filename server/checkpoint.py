@@ -138,7 +138,7 @@ class _Entries:
         return b"{" + b",".join(self._texts.values()) + b"}"
 
     def _entry(self, name: str, value: object) -> bytes:
-        return json.dumps(name).encode() + b":" + self._adapter.dump_json(value)
+        return json.dumps(name).encode() + b":" + self._adapter.dump_json(value, exclude_defaults=True)
 
 
 _ENTRIES = {"sites": _Entries(Prepared), "attendance": _Entries(Attendance)}
@@ -169,7 +169,7 @@ def save_state(directory: Path, state: RunState) -> None:
 def _text(state: RunState) -> bytes:
     """Returns the JSON of a state without its tensors."""
     entries = [f'"{name}":'.encode() + one.json(getattr(state, name)) for name, one in _ENTRIES.items()]
-    rest = _STATE.dump_json(state, exclude={*_TENSORS, *_ENTRIES})
+    rest = _STATE.dump_json(state, exclude={*_TENSORS, *_ENTRIES}, exclude_defaults=True)
     return f'{{"schema": {SCHEMA}, '.encode() + b",".join([*entries, rest[1:]])
 
 

@@ -6,11 +6,11 @@ The coordinator draws, and no site can check it: nothing that is promised to pat
 from __future__ import annotations
 
 import hashlib
-import heapq
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import islice
 
 from common.plan import Plan
 
@@ -48,9 +48,8 @@ def draw(names: Collection[str], *, turns: Mapping[str, int], count: int, key: s
     chosen: list[str] = []
     for turn in sorted(set(waiting.values())):
         if len(chosen) < count:  # only those are ranked among whom is drawn
-            here = [name for name in names if waiting[name] == turn]
-            rank = partial(_rank, key=key, turn=turn)
-            chosen += heapq.nsmallest(count - len(chosen), here, key=rank)
+            ranked = _ranked(tuple(names), key=key, turn=turn)
+            chosen += islice((name for name in ranked if waiting[name] == turn), count - len(chosen))
     chosen.sort()
     return Drawn(names=tuple(chosen), turns={**turns, **{name: waiting[name] + 1 for name in chosen}})
 
@@ -61,6 +60,11 @@ def first_turn(name: str, *, key: str) -> bytes:
     return _rank(name, key=key, turn=0)
 
 
-@lru_cache(maxsize=4096)  # a turn lasts for several rounds
+@lru_cache(maxsize=2)  # a turn lasts for several rounds
+def _ranked(names: tuple[str, ...], *, key: str, turn: int) -> tuple[str, ...]:
+    """Returns the names in the order in which a turn asks them."""
+    return tuple(sorted(names, key=partial(_rank, key=key, turn=turn)))
+
+
 def _rank(name: str, *, key: str, turn: int) -> bytes:
     return hashlib.sha256(f"{key} {turn} {name}".encode()).digest()
