@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from filelock import FileLock
-
 from client import unsigned_ledger
 from common import chain, durable
 from common.chain import GENESIS, Head
@@ -92,8 +90,10 @@ class Journal:
 
     def __init__(self, path: Path, *, head: Path, key: PrivateKey) -> None:
         self._path, self._head_path, self._key = path, head, key
-        self._lock = FileLock(path.with_suffix(".lock"), timeout=_SECONDS_TO_LOCK, mode=0o600)
-        with self._lock:
+        self._lock = path.with_suffix(".lock")
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with durable.locked(self._lock):
             if not path.exists():
                 self._begin()
             self._database = self._opened()
@@ -109,7 +109,7 @@ class Journal:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Keeps other processes out; all of its rows are durable at the end, or none."""
-        with self._lock:
+        with durable.locked(self._lock):
             was_sound = self._is_as_left()
             self._database.execute("BEGIN IMMEDIATE")
             try:
@@ -206,7 +206,7 @@ class Journal:
                 "found neither it nor this site's signature; if the site was set up again without its "
                 f"ledger, {REMEDY}"
             )
-        with self._lock:
+        with durable.locked(self._lock):
             self._remember(head)
         self._require_in_chain(head)
 
@@ -240,7 +240,6 @@ class Journal:
             if self._remembered().number > 0:
                 raise self._broken("no such file, though there was one")
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         self._remember(chain.signed(0, GENESIS, key=self._key))
 
     def _opened(self) -> sqlite3.Connection:

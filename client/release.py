@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from filelock import FileLock
 from flwr.app import RecordDict
 
 from client import approval, replies, trail
@@ -17,7 +16,7 @@ from client.journal import CLAIM_SUFFIX, REMEDY, known_head
 from client.ledger import Charge, Ledger, Outcome
 from client.replies import Reply
 from client.site import Site
-from common import exchange, keys
+from common import durable, exchange, keys
 from common.chain import Head
 from common.errors import LedgerError, Refusal, StateError
 from common.exchange import Task
@@ -55,7 +54,7 @@ def once(
     if spend is None:
         return _exact(private_directory(site.state) / "exact_replies", task, work)
     directory = private_directory(site.state) / "replies"
-    with FileLock(site.state / "task.lock", mode=0o600), open_ledger(site) as ledger:
+    with durable.locked(site.state / "task.lock"), open_ledger(site) as ledger:
         approval.keep(site, plan)  # before the charge: a restoration must know what it was for
         charged = ledger.charge(_charge(site, plan, task, part, spend), max_repeats=site.settings.max_repeats)
         outcome = ledger.outcome(task.identity)
