@@ -93,7 +93,7 @@ class Journal:
         self._lock = path.with_suffix(".lock")
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
-        with durable.locked(self._lock):
+        with durable.locked(self._lock, seconds=_SECONDS_TO_LOCK):
             if not path.exists():
                 self._begin()
             self._database = self._opened()
@@ -109,7 +109,7 @@ class Journal:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """Keeps other processes out; all of its rows are durable at the end, or none."""
-        with durable.locked(self._lock):
+        with durable.locked(self._lock, seconds=_SECONDS_TO_LOCK):
             was_sound = self._is_as_left()
             self._database.execute("BEGIN IMMEDIATE")
             try:
@@ -206,7 +206,7 @@ class Journal:
                 "found neither it nor this site's signature; if the site was set up again without its "
                 f"ledger, {REMEDY}"
             )
-        with durable.locked(self._lock):
+        with durable.locked(self._lock, seconds=_SECONDS_TO_LOCK):
             self._remember(head)
         self._require_in_chain(head)
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
 
+_LOOK_SECONDS = 0.01
 _waits = ContextVar("waits", default=True)
 
 
@@ -71,17 +73,34 @@ def replace(path: Path, data: bytes) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[int]:
+def locked(path: Path, *, seconds: float | None = None) -> Iterator[int]:
     """Opens a file to read and to append, made at the first use, and keeps out whoever locks it too.
 
     Yields its descriptor. A killed process lets go.
+
+    Raises:
+        TimeoutError: another process has had it for so long; without a number it is waited for without end.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if seconds is None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        else:
+            _lock_within(descriptor, seconds=seconds, path=path)
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _lock_within(descriptor: int, *, seconds: float, path: Path) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                raise TimeoutError(f"Expected {path} to be let go within {seconds:g} s.") from None
+        time.sleep(_LOOK_SECONDS)
 
 
 def sync_directory(directory: Path) -> None:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from client import journal
 from client.journal import sound_rows
 from client.ledger import Outcome
-from common import chain
+from common import chain, durable
 from common.errors import LedgerError
 from tests.ledgers import KEY, alter, charge_of, cost, fill, fill_more, opened
 
@@ -277,3 +277,14 @@ def test_damaged_file_is_reported_and_left_as_it_is(path: Path, damage: str) -> 
     assert path.read_bytes() == content
     names = {file.name for file in path.parent.iterdir()}
     assert names == {"ledger.sqlite", "ledger.head", "ledger.lock"}
+
+
+def test_a_lock_that_nobody_lets_go_is_an_error_and_no_wait_without_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(path, 3)
+    monkeypatch.setattr(journal, "_SECONDS_TO_LOCK", 0.05)
+    with durable.locked(path.with_suffix(".lock")), pytest.raises(TimeoutError):
+        opened(path)
+    with opened(path) as ledger, durable.locked(path.with_suffix(".lock")), pytest.raises(TimeoutError):
+        ledger.finish("task-0", Outcome(kind="stored", code=""))

@@ -36,6 +36,18 @@ def test_who_says_so_waits_for_no_disk_and_only_there(
     assert len(waited) == 2 and durable.synchronous() == "FULL"
 
 
+def test_a_lock_is_waited_for_no_longer_than_was_said(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with (
+        durable.locked(path),
+        pytest.raises(TimeoutError, match="let go within"),
+        durable.locked(path, seconds=0.05),
+    ):
+        pass
+    with durable.locked(path, seconds=0.05), path.open("ab") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def test_a_locked_file_keeps_others_out_until_it_is_let_go(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with durable.locked(path), path.open("ab") as other, pytest.raises(BlockingIOError):
