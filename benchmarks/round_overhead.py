@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.figure import tell
 from benchmarks.many_sites import shown
-from client.memory import keep_freed_blocks
+from client.process import set_environment
 
 COMMAND = str(Path(sys.executable).with_name("feverfew-simulate"))
 PLAN = ["plan.randomness=seeded", "plan.evaluation.validation_every=0"]
@@ -104,7 +104,7 @@ def main() -> None:
     if asked.bare is not None:
         print(loop(asked.bare, rounds=asked.rounds, threads=asked.threads[0]))
         return
-    keep_freed_blocks()  # as the processes that train at a site: without it the bare loop is slower
+    set_environment()  # as the processes that train at a site: without it the bare loop is slower
     with tempfile.TemporaryDirectory() as folder:
         simulated(Path(folder), "first", rounds=3, workers=1)  # writes the sites and decodes the images
         for threads in asked.threads:

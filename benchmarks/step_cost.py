@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.figure import tell
-from client.memory import keep_freed_blocks
+from client.process import set_environment
 
 NETWORKS: dict[str, tuple[dict[str, Any], int]] = {
     "cnn": ({"preprocessing__size": (64, 64)}, 64),
@@ -135,7 +135,7 @@ def _timed(step: Callable[[], None], clock: Callable[[], float]) -> float:
 
 def _apart(*arguments: object) -> Any:
     """Runs this module in a process of its own; None where a way does not know the network."""
-    keep_freed_blocks()  # as the processes that train at a site
+    set_environment()  # as the processes that train at a site
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.step_cost", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None

@@ -23,9 +23,9 @@ from client import log as log_lines
 from client import rest, trail
 from client.access import Access
 from client.fleet import Fleet, Task, without_superseded
-from client.memory import forkserver
 from client.patience import Outage, is_temporary, persist, reason
 from client.presence import Presence
+from client.process import forkserver
 from client.site import Site
 from client.vitals import Vitals
 from client.worker import DEFAULT_APP, WORKER_DIED, Worker, shown_run

@@ -12,7 +12,7 @@ from torch import nn
 
 from client.bookkeeping import BookKeeping, NotSupported
 from client.contribution import Contribution
-from client.factors import clip_factors, weighted_sums
+from client.factors import Group, clip_factors, weighted_sums
 from client.gaussian import Gaussian
 from client.hooked import ExpandedWeights, Ghost, Hooks
 from client.training import Batch
@@ -51,9 +51,9 @@ class PatientOptimizer(DPOptimizer):  # type: ignore[misc]
         """One: batches of a step are parts of one logical batch, divided by its expected size once."""
         return 1
 
-    def accumulate(self, factors: torch.Tensor, contributions: list[Contribution]) -> None:
+    def accumulate(self, factors: torch.Tensor, groups: list[Group]) -> None:
         """Adds a batch's sums of clipped gradients; empties the list, so that its memory is free again."""
-        sums = weighted_sums(contributions, factors / self.expected_batch_size)
+        sums = weighted_sums(groups, factors / self.expected_batch_size)
         for parameter, clipped in zip(self.params, sums, strict=True):
             former = parameter.summed_grad
             parameter.summed_grad = clipped if former is None else former + clipped
@@ -148,8 +148,8 @@ class PrivateGradient:
 
     def accumulate(self, batch: Batch) -> float:
         contributions, losses = self.contributions(batch)
-        factors, contributions = clip_factors(contributions, bound=self._max_grad_norm)
-        self._optimizer.accumulate(factors, contributions)
+        factors, groups = clip_factors(contributions, bound=self._max_grad_norm)
+        self._optimizer.accumulate(factors, groups)
         bounded = losses.nan_to_num(nan=self._loss_bound)
         return float(bounded.clamp(0, self._loss_bound).double().sum())
 

@@ -6,7 +6,7 @@ by their clip factors. Neither needs all per-patient gradients in memory, where 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, Protocol
 
@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from client import gram
-from client.product import product
+from client.product import product, products
 
-GRAM_COST: Final = 2.0
-"""Of a number of two Gram matrices, which are in double precision, over that of one of the gradients."""
+GRAM_COST: Final = {False: 2.0, True: 4.0}
+"""Of a number of two Gram matrices, which are in double precision, over one of the gradients; True: where
+these are in bfloat16."""
 
 
 class _OfCases(Protocol):
@@ -110,7 +111,7 @@ class Products:
 
     def rows(self) -> Tensor:
         if self.num_patients == len(self.left):
-            return self._summed(self.left, self.right).view(-1, *self.shape)
+            return products(self.left, self.right).to(self.shares.dtype).view(-1, *self.shape)
         rows = self.shares.new_zeros(self.num_patients, self.left.shape[1], self.right.shape[1])
         for patients, left, right in by_patient(self.left, self.right, of=self):
             rows[patients] = self._summed(_positions(left), _positions(right))
@@ -120,7 +121,14 @@ class Products:
     def needs_rows(self) -> bool:
         """Says whether norms are had by way of the rows, so that sums might as well."""
         positions = self.left.shape[2] * len(self.left) / self.num_patients
-        return positions > 1 and not _are_grams_cheaper(self.left.shape[1], self.right.shape[1], positions)
+        cost = GRAM_COST[self.left.dtype == torch.bfloat16]
+        sizes = self.left.shape[1], self.right.shape[1]
+        return positions > 1 and not _are_grams_cheaper(*sizes, positions, cost=cost)
+
+    @property
+    def are_norms_grams(self) -> bool:
+        """Says whether norms are had by way of one Gram matrix of each side for each case."""
+        return self.left.shape[2] > 1 and self.num_patients == self.left.shape[0] and not self.needs_rows
 
     def squared_norms(self) -> Tensor:
         squares = self.shares.new_zeros(self.num_patients)
@@ -131,7 +139,7 @@ class Products:
     def _summed(self, left: Tensor, right: Tensor) -> Tensor:
         """left: (patients, rows, positions of all cases of each); right: (patients, columns, likewise)."""
         dtype = self.shares.dtype
-        return torch.bmm(left.to(dtype), right.to(dtype).transpose(1, 2))
+        return products(left.to(dtype), right.to(dtype))
 
     def _of_patients(self, left: Tensor, right: Tensor) -> Tensor:
         """left, right: as for the sum."""
@@ -144,17 +152,48 @@ class Products:
         return gram.cautious(_lengths(self._summed(left, right), dtype).square(), lengths, dtype=dtype)
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        scaled = self.left * by_case(weights, of=self)[:, None, None]
-        right = self.right.to(scaled.dtype)
-        if self.left.shape[2] == 1:  # contiguous: the product takes half the time
-            return product(scaled[:, :, 0].T.contiguous(), right[:, :, 0]).view(self.shape)
-        together = scaled.transpose(0, 1).flatten(1)  # (rows, cases x positions)
-        return (together @ right.transpose(0, 1).flatten(1).T).view(self.shape)
+        if self.left.shape[2] > 1:
+            return AlikeProducts([self]).weighted_sums(weights)[0].view(self.shape)
+        scaled = self.left[:, :, 0] * by_case(weights, of=self)[:, None]
+        right = self.right[:, :, 0].to(scaled.dtype)
+        return product(scaled.T.contiguous(), right).view(self.shape)  # else it takes twice the time
 
     def without(self, patients: Tensor) -> Products:
         kept = ~patients[self.owners][:, None, None]
         left, right = (torch.where(kept, side, 0.0) for side in (self.left, self.right))
         return replace(self, left=left, right=right)
+
+
+@dataclass(frozen=True)
+class AlikeProducts:
+    """Those of several layers whose left sides have the same shape, for the same patients.
+
+    One call does for all of them what would be many small ones.
+    """
+
+    layers: Sequence[Products]
+
+    def squared_norms(self) -> Tensor:
+        """Returns the sums over the layers, of patients with one case: (num_patients,)."""
+        left = gram.gram(torch.cat([one.left for one in self.layers]))
+        right = torch.cat([gram.gram(one.right) for one in self.layers])
+        squares = gram.squared_norms(left, right, dtype=self.layers[0].shares.dtype)
+        return squares.view(len(self.layers), -1).sum(dim=0)
+
+    def weighted_sums(self, weights: Tensor) -> Sequence[Tensor]:
+        """Returns one for each layer, flat."""
+        by_all = by_case(weights, of=self.layers[0])[:, None, None]
+        scaled = torch.stack([one.left for one in self.layers]) * by_all
+        lefts = scaled.transpose(1, 2).flatten(2)  # (layers, rows, cases x positions)
+        return [
+            (left @ _columns(one.right, lefts.dtype).T).view(-1)
+            for left, one in zip(lefts, self.layers, strict=True)
+        ]
+
+
+def _columns(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """(cases, columns, positions) -> (columns, cases x positions), copied once."""
+    return values.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format).flatten(1)
 
 
 def by_case(weights: Tensor, *, of: _OfCases) -> Tensor:
@@ -195,8 +234,8 @@ def _positions(values: Tensor) -> Tensor:
     return values.transpose(1, 2).flatten(2)
 
 
-def _are_grams_cheaper(rows: int, columns: int, positions: float) -> bool:
-    return rows * columns >= GRAM_COST * positions * (rows + columns)
+def _are_grams_cheaper(rows: int, columns: int, positions: float, *, cost: float = GRAM_COST[False]) -> bool:
+    return rows * columns >= cost * positions * (rows + columns)
 
 
 def smaller(products: Products) -> Contribution:

@@ -14,6 +14,7 @@ from torch.nn import functional
 from client import precision
 from client.book import Book, applied
 from client.contribution import Postponed, Rows, smaller
+from client.product import product, products
 from common.layout import memory_format
 
 FEW_POSITIONS: Final = 64
@@ -27,7 +28,7 @@ PATCH_NUMBERS: Final = 1 << 21
 
 
 def convolution(layer: Any, book: Book, inputs: Tensor) -> Tensor:
-    if _is_pointwise(layer) and inputs[0, 0].numel() <= FEW_POSITIONS:
+    if _is_pointwise(layer) and inputs.shape[2:].numel() <= FEW_POSITIONS:
         return applied(_Pointwise, layer, book, inputs, layer.weight)
     padding, inputs = _padding(layer, inputs)
     return applied(_Convolution, layer, book, inputs, layer.weight, padding)
@@ -49,7 +50,7 @@ class _Pointwise(Function):
         inputs, weight = book.cast(inputs), book.cast(weight)
         ctx.save_for_backward(inputs, weight)
         bias = book.bias(layer)
-        columns = weight.flatten(1) @ _columns(inputs)
+        columns = product(weight.flatten(1), _columns(inputs))
         if bias is not None:
             columns += bias[:, None]
         return _from_columns(columns, like=inputs)
@@ -65,7 +66,7 @@ class _Pointwise(Function):
             book.add(layer.bias, book.mean(left.sum(dim=2)))
         of_inputs = None
         if ctx.needs_input_grad[2]:
-            of_inputs = _from_columns(weight.flatten(1).T @ _columns(outer), like=outer)
+            of_inputs = _from_columns(product(weight.flatten(1).T, _columns(outer)), like=outer)
         return None, None, of_inputs, None
 
 
@@ -119,7 +120,7 @@ def _of_inputs(outer: Tensor, inputs: Tensor, weight: Tensor, *, settings: Any) 
 
 def _has_few_products(layer: Any, outer: Tensor) -> bool:
     """Says whether the gradients of a flat convolution are better left as products."""
-    positions = outer[0, 0].numel()
+    positions = outer.shape[2:].numel()
     is_known = isinstance(layer, nn.Conv2d) and layer.groups == 1
     return is_known and positions <= FEW_PRODUCTS and 2 * positions**2 <= layer.weight.numel()
 
@@ -142,7 +143,9 @@ def _note_one_by_one(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, s
 
 def _one_by_one(layer: Any, book: Book, outer: Tensor, inputs: Tensor, *, settings: Any) -> Tensor:
     """Patches are cut, or one native call is made: to a convolution, each case is a group of channels."""
-    if _is_better_cut(layer, inputs):
+    if _is_pointwise(layer) and outer.dtype == torch.bfloat16:
+        by_case = products(outer.flatten(2), inputs.flatten(2)).view(-1, *layer.weight.shape)
+    elif _is_better_cut(layer, inputs):
         by_case = _from_patches(layer, outer, inputs, padding=settings[1])
     else:
         is_slow = precision.is_slow_in_groups(outer.dtype, layer)

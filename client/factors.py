@@ -9,7 +9,7 @@ from typing import Final, Protocol, cast
 import torch
 from torch import Tensor
 
-from client.contribution import Contribution, Postponed, Products, Rows, flat
+from client.contribution import AlikeProducts, Contribution, Postponed, Products, Rows, flat
 from client.patches import AlikePatches, Patches
 
 SHORT: Final = 4096
@@ -55,12 +55,20 @@ class _ShortRows:
         return torch.split(self._rows.weighted_sum(weights), self._sizes)
 
 
-def _together(contributions: Sequence[Contribution]) -> list[tuple[list[int], _Together]]:
-    """Returns those that are done together, each with the places of its parameters."""
+@dataclass(frozen=True)
+class Group:
+    """Contributions that are done together, and the places of their parameters in the network's order."""
+
+    places: Sequence[int]
+    together: _Together
+
+
+def grouped(contributions: Sequence[Contribution]) -> list[Group]:
+    """Returns all contributions, each in one group."""
     alike: dict[Hashable, list[int]] = {}
     for place, one in enumerate(contributions):
         alike.setdefault(_likeness(one) or place, []).append(place)
-    return [(places, _joined([contributions[place] for place in places])) for places in alike.values()]
+    return [Group(places, _joined([contributions[place] for place in places])) for places in alike.values()]
 
 
 def _likeness(one: Contribution) -> Hashable:
@@ -69,6 +77,8 @@ def _likeness(one: Contribution) -> Hashable:
         return Rows
     if isinstance(one, Patches) and one.outer.numel() + one.inputs.numel() <= SMALL:
         return one.outer.shape, one.inputs.shape, one.geometry, one.shape
+    if isinstance(one, Products) and one.are_norms_grams and one.left.numel() + one.right.numel() <= SMALL:
+        return one.left.shape, one.left.dtype
     return None
 
 
@@ -77,22 +87,24 @@ def _joined(alike: list[Contribution]) -> _Together:
         return _Alone(alike[0])
     if isinstance(alike[0], Rows):
         return _ShortRows(cast(list[Rows], alike))
+    if isinstance(alike[0], Products):
+        return AlikeProducts(cast(list[Products], alike))
     return AlikePatches(cast(list[Patches], alike))
 
 
-def weighted_sums(contributions: list[Contribution], weights: Tensor) -> list[Tensor]:
-    """Returns the weighted sum of each, flat; empties the list, so that memory is free again at once."""
-    together = _together(contributions)
-    contributions.clear()
+def weighted_sums(groups: list[Group], weights: Tensor) -> list[Tensor]:
+    """Returns the weighted sum of each contribution, flat, in the network's order; empties the list, so that
+    memory is free again at once."""
     found: dict[int, Tensor] = {}
-    while together:
-        places, some = together.pop()
-        found.update(zip(places, some.weighted_sums(weights), strict=True))
+    while groups:
+        group = groups.pop()
+        found.update(zip(group.places, group.together.weighted_sums(weights), strict=True))
     return [found[place] for place in range(len(found))]
 
 
-def clip_factors(contributions: list[Contribution], *, bound: float) -> tuple[Tensor, list[Contribution]]:
-    """Returns the factor that brings each patient's gradient to the bound, and what it is a factor of.
+def clip_factors(contributions: list[Contribution], *, bound: float) -> tuple[Tensor, list[Group]]:
+    """Returns the factor that brings each patient's gradient to the bound, and what it is a factor of; takes
+    it out of the list.
 
     A patient of whom anything is not finite, or whose norm is not, counts as nothing: it could not be
     clipped. Other patients are not changed, so the sensitivity of the weighted sum stays the bound.
@@ -100,10 +112,12 @@ def clip_factors(contributions: list[Contribution], *, bound: float) -> tuple[Te
     for place, one in enumerate(contributions):
         if isinstance(one, Postponed | Products | Patches) and one.needs_rows:
             contributions[place] = Rows(one.rows())  # only now, when the network's activations are gone
-    squares = [some.squared_norms() for _, some in _together(contributions)]
-    norms = torch.stack(squares).sum(dim=0).sqrt()
+    groups = grouped(contributions)
+    norms = torch.stack([group.together.squared_norms() for group in groups]).sum(dim=0).sqrt()
     lost = ~norms.isfinite()
     factors = (bound / (norms + 1e-6)).clamp(max=1.0)
-    if not bool(lost.any()):
-        return factors, contributions
-    return torch.where(lost, 0.0, factors), [one.without(lost) for one in contributions]
+    if bool(lost.any()):
+        factors = torch.where(lost, 0.0, factors)
+        groups = grouped([one.without(lost) for one in contributions])
+    contributions.clear()
+    return factors, groups

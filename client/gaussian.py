@@ -23,8 +23,9 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from common.model import FlatArray
 
-CHUNK: Final = 1 << 20
-"""Numbers at a time. With fewer, two threads spend the time that they save on waiting for the interpreter."""
+CHUNK: Final = 1 << 18
+"""Numbers at a time: more would not stay in a processor's own cache, and with fewer, two threads spend the
+time that they save on waiting for the interpreter."""
 MAX_BYTES: Final = 1 << 40
 """Of one stream: 2^36 blocks. That they never repeat, as random ones might, tells with less than 2^-56."""
 EDGE: Final = np.uint32(1 << 22)
@@ -60,9 +61,10 @@ class Gaussian:
         """
         shape = (size,) if isinstance(size, int) else size or ()
         values = np.empty(math.prod(shape), dtype=dtype)
+        room = _Room(min(CHUNK, len(values)), dtype)
         for start in range(0, len(values), CHUNK):
             part = values[start : start + CHUNK]
-            part[:] = self._words(len(part)).normal(len(part), std=1.0, dtype=dtype)
+            part[:] = _Words(self._cipher, self._next_chunk(len(part))).normal(len(part), std=1.0, room=room)
         return values.reshape(shape)
 
     def add_to(self, arrays: Sequence[FlatArray], *, std: float, threads: int) -> None:
@@ -73,21 +75,42 @@ class Gaussian:
         Raises:
             OverflowError: more numbers than one key may decide.
         """
-        work = [(self._words(sum(map(len, chunk))), chunk) for chunk in chunks(arrays)]
-        if threads == 1 or len(work) == 1:
-            for words, chunk in work:
-                words.add_to(chunk, std=std)
-            return
-        with ThreadPoolExecutor(threads) as executor:
-            list(executor.map(lambda one: one[0].add_to(one[1], std=std), work))  # raises what a thread does
+        work = [(self._next_chunk(sum(map(len, parts))), parts) for parts in chunks(arrays)]
+        size = min(CHUNK, sum(map(len, arrays)))
+        # all rooms are this thread's: another thread's own memory would be cleared page by page each time
+        rooms = [_Room(size, np.float32) for _ in range(min(threads, len(work)))]
+        todo = iter(work)
 
-    def _words(self, number: int) -> _Words:
-        """Returns the words of the next chunk, which has so many numbers."""
+        def take(room: _Room) -> None:
+            for chunk, parts in todo:
+                _Words(self._cipher, chunk).add_to(parts, std=std, room=room)
+
+        with ThreadPoolExecutor(max(1, len(rooms) - 1)) as executor:  # starts none before it is given work
+            others = [executor.submit(take, room) for room in rooms[1:]]
+            for room in rooms[:1]:
+                take(room)
+            for other in others:
+                other.result()  # raises what a thread does
+
+    def _next_chunk(self, number: int) -> int:
+        """Returns which is the next chunk, of so many numbers."""
         self._num_bytes += (number + 1) // 2 * _WORDS_PER_PAIR * _WORD_BYTES
         if self._num_bytes > MAX_BYTES:
             raise OverflowError(f"expected at most {MAX_BYTES} random bytes of one key")
         self._num_chunks += 1
-        return _Words(self._cipher, self._num_chunks)
+        return self._num_chunks
+
+
+class _Room:
+    """What is written over by one chunk after the other."""
+
+    def __init__(self, number: int, dtype: Any) -> None:
+        pairs = (number + 1) // 2
+        self.words = np.empty(2 * pairs + _ROOM_WORDS, dtype="<u4")
+        self.turned = np.empty(pairs, dtype=np.uint32)
+        self.is_coarse = np.empty(pairs, dtype=bool)
+        self.angles, self.radii = np.empty((2, pairs), dtype=dtype)
+        self.values = np.empty(2 * pairs, dtype=dtype)
 
 
 class _Words:
@@ -97,46 +120,49 @@ class _Words:
         nonce = chunk.to_bytes(_NONCE_BYTES, "big")
         self._encryptor = Cipher(cipher, modes.GCM(nonce)).encryptor()
 
-    def add_to(self, parts: Sequence[FlatArray], *, std: float) -> None:
+    def add_to(self, parts: Sequence[FlatArray], *, std: float, room: _Room) -> None:
         """Adds normal numbers to the parts of a chunk."""
-        noise = self.normal(sum(map(len, parts)), std=std, dtype=np.float32)
+        noise = self.normal(sum(map(len, parts)), std=std, room=room)
         for part in parts:  # by numpy: with few numbers, torch's addition takes four times as long
             part += noise[: len(part)]
             noise = noise[len(part) :]
 
-    def normal(self, number: int, *, std: float, dtype: Any) -> npt.NDArray[Any]:
-        """Returns so many normal numbers; the two of a pair stand half of them apart."""
+    def normal(self, number: int, *, std: float, room: _Room) -> npt.NDArray[Any]:
+        """Returns so many normal numbers, in the room; the two of a pair stand half of them apart."""
         pairs = (number + 1) // 2
-        kind = np.dtype(dtype).type
-        high, turn = self._draw(2 * pairs).reshape(2, -1)
-        values = np.empty((2, pairs), dtype=dtype)
-        angle = turn.view("<i4").astype(kind)
-        angle *= kind(math.pi * 2.0**-31)
-        radius = high.astype(kind)
-        radius *= kind(2.0**-32)
-        # the addition goes round, so that both ends of the range are at its beginning
-        coarse = np.flatnonzero(high + EDGE < 2 * EDGE) if kind is np.float32 else slice(None)
-        radius[coarse] = 0.5  # has a logarithm
-        np.log2(radius, out=radius)
-        radius *= kind(-2 * math.log(2) * std**2)
-        np.sqrt(radius, out=radius)
-        radius[coarse] = std * self._fine_radius(high[coarse])
-        np.cos(angle, out=values[0])
-        np.sin(angle, out=values[1])
-        values *= radius
-        return values.reshape(-1)[:number]
+        high, turn = self._draw(2 * pairs, room.words).reshape(2, -1)
+        angles, radii, values = room.angles[:pairs], room.radii[:pairs], room.values[: 2 * pairs]
+        kind = values.dtype.type
+        np.multiply(turn.view("<i4"), kind(math.pi * 2.0**-31), out=angles, casting="unsafe", dtype=kind)
+        np.multiply(high, kind(2.0**-32), out=radii, casting="unsafe", dtype=kind)
+        coarse = _coarse(high, room=room) if kind is np.float32 else slice(None)
+        radii[coarse] = 0.5  # has a logarithm
+        np.log2(radii, out=radii)
+        radii *= kind(-2 * math.log(2) * std**2)
+        np.sqrt(radii, out=radii)
+        radii[coarse] = std * self._fine_radii(high[coarse])
+        for side, function in zip(values.reshape(2, -1), (np.cos, np.sin), strict=True):
+            function(angles, out=side)
+            side *= radii
+        return values[:number]
 
-    def _fine_radius(self, high: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
+    def _fine_radii(self, high: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
         """Returns the radii of uniform numbers that begin with these words; k + 1/2 of 2^64 is never 0."""
-        low = self._draw(len(high))
+        low = self._draw(len(high), np.empty(len(high) + _ROOM_WORDS, dtype="<u4"))
         uniform = high * 2.0**-32 + (low + 0.5) * 2.0**-64
         return np.asarray(np.sqrt(-2 * np.log(uniform)))
 
-    def _draw(self, number: int) -> npt.NDArray[np.uint32]:
-        """Returns fresh random words."""
-        words = np.empty(number + _ROOM_WORDS, dtype="<u4")
+    def _draw(self, number: int, words: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+        """Returns so many fresh random words, at the beginning of an array that is a block longer."""
         self._encryptor.update_into(memoryview(_ZEROS)[: number * _WORD_BYTES], words.data.cast("B"))
         return words[:number]
+
+
+def _coarse(high: npt.NDArray[np.uint32], *, room: _Room) -> npt.NDArray[np.intp]:
+    """Returns where words are within the edge of their range; the addition goes round, so that both ends of
+    the range are at its beginning."""
+    turned = np.add(high, EDGE, out=room.turned[: len(high)])
+    return np.flatnonzero(np.less(turned, 2 * EDGE, out=room.is_coarse[: len(high)]))
 
 
 def chunks(arrays: Sequence[FlatArray]) -> Iterator[list[FlatArray]]:

@@ -59,7 +59,7 @@ class _GroupNorm(Function):
     @staticmethod
     def forward(ctx: Any, layer: Any, book: Book, inputs: Tensor, weight: Tensor, groups: int) -> Tensor:
         ctx.layer, ctx.book = layer, book
-        ctx.sizes = (*inputs.shape[:2], inputs[0, 0].numel(), groups)
+        ctx.sizes = (*inputs.shape[:2], inputs.shape[2:].numel(), groups)
         normed, mean, deviation = torch.ops.aten.native_group_norm(
             inputs, weight, layer.bias, *ctx.sizes, layer.eps
         )

@@ -47,8 +47,9 @@ class Patches:
     def needs_rows(self) -> bool:
         """Says whether Gram matrices of all shifts, in double precision, are larger than the rows, so that
         norms are had by way of these, and sums might as well."""
-        most_cases = int(torch.bincount(self.owners).max())
-        positions = most_cases * self.outer[0, 0].numel()
+        one_each = self.num_patients == self.owners.numel()
+        most_cases = 1 if one_each else int(torch.bincount(self.owners).max())
+        positions = most_cases * self.outer.shape[2:].numel()
         return 2 * self.shape[2:].numel() * positions**2 > self.shape.numel()
 
     def _of_patients(self, outer: Tensor, inputs: Tensor) -> Tensor:

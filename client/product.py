@@ -14,6 +14,11 @@ LARGE: Final = 1 << 24
 where it shares the work out better."""
 
 
+def products(left: Tensor, right: Tensor) -> Tensor:
+    """(cases, rows, positions), (cases, columns, positions) -> (cases, rows, columns), in the sides' type."""
+    return torch.bmm(left, right.transpose(1, 2))
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Returns (rows, inner) @ (inner, columns); a large one in float32 as a convolution of one pixel's size.
 

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from client import crew
-from client.memory import forkserver
+from client.process import forkserver
 from common.command import INTERRUPTED, exit_code
 from common.errors import RunError
 from simulations import awaited

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from client.memory import forkserver
+from client.process import forkserver
 from client.worker import Worker
 
 

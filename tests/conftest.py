@@ -10,7 +10,7 @@ from multiprocessing import forkserver as server
 
 import pytest
 
-from client.memory import forkserver
+from client.process import forkserver
 
 PRELOADED = ("client.app", "tests.tiny")
 LOGS = ("feverfew", "feverfew.site", "feverfew.agent", "feverfew.worker", "feverfew.supervisor")

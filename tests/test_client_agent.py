@@ -14,8 +14,8 @@ from client import agent as agents
 from client import patience, presence, skeleton, trail
 from client.agent import Agent, open_agent
 from client.fleet import Task, without_superseded
-from client.memory import forkserver
 from client.patience import is_temporary
+from client.process import forkserver
 from client.route import Barred
 from client.site import Site, open_site
 from client.worker import Worker

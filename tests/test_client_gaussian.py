@@ -105,7 +105,7 @@ def test_words_are_aes_in_counter_mode_with_a_nonce_a_chunk() -> None:
         counter = chunk.to_bytes(12, "big") + (2).to_bytes(4, "big")
         expected = Cipher(cipher, modes.CTR(counter)).encryptor().update(bytes(4 * 100))
         words = _Words(cipher, chunk)
-        found = np.concatenate([words._draw(number) for number in (1, 0, 6, 93)])
+        found = np.concatenate([words._draw(number, np.empty(number + 4, "<u4")) for number in (1, 0, 6, 93)])
         assert found.astype("<u4").tobytes() == expected
 
 
@@ -132,10 +132,10 @@ def test_a_thread_that_fails_is_heard() -> None:
 def test_numbers_reach_as_far_as_their_bits_allow(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least radius bits give the largest number: nothing is infinite, and the tail is not cut early."""
     farthest = math.sqrt(2 * 65 * math.log(2))
-    monkeypatch.setattr(_Words, "_draw", lambda self, number: np.zeros(number, dtype=np.uint32))
+    monkeypatch.setattr(_Words, "_draw", lambda self, number, words: np.zeros(number, dtype=np.uint32))
     assert Gaussian(KEY).standard_normal((2,), dtype=dtype)[0] == pytest.approx(farthest)
     assert stats.norm.sf(farthest) < 1e-20
-    monkeypatch.setattr(_Words, "_draw", lambda self, number: ~np.zeros(number, dtype=np.uint32))
+    monkeypatch.setattr(_Words, "_draw", lambda self, number, words: ~np.zeros(number, dtype=np.uint32))
     assert Gaussian(KEY).standard_normal((2,), dtype=dtype).tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
 
 
@@ -151,7 +151,7 @@ def test_a_radius_is_that_of_64_bits_also_where_32_are_coarse(
             np.full(len(starts), 0x9ABCDEF0, dtype=np.uint32),  # the second word of each radius
         )
     )
-    monkeypatch.setattr(_Words, "_draw", lambda self, number: next(words)[:number])
+    monkeypatch.setattr(_Words, "_draw", lambda self, number, room: next(words)[:number])
     found = Gaussian(KEY).standard_normal((2 * len(starts),), dtype=dtype)[: len(starts)]
     exact = [-2 * math.log((start * end + 0x9ABCDEF0 + 0.5) / end**2) for start in starts]
     np.testing.assert_allclose(found, np.sqrt(exact), rtol=1e-4 if dtype == np.float32 else 1e-7)

@@ -22,7 +22,7 @@ from pathlib import Path
 from client import log
 from client.__main__ import _log_to
 from client.site import open_site
-from client.memory import forkserver
+from client.process import forkserver
 from client.worker import Worker
 from common import flower, logline
 from tests import tiny

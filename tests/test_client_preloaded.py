@@ -16,7 +16,7 @@ import pytest
 SCRIPT = """
 import gc, json, multiprocessing, os, signal, sys
 from multiprocessing import forkserver as server
-from client.memory import forkserver
+from client.process import forkserver
 
 def file_kilobytes(pid):
     rollup = dict(line.split(":") for line in open(f"/proc/{pid}/smaps_rollup").read().splitlines()[1:])

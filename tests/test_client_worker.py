@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from client.memory import forkserver
+from client.process import forkserver
 from client.worker import Worker
 from common import flower
 from common.errors import DeploymentError

@@ -7,13 +7,14 @@ import sys
 
 import pytest
 
-from client.memory import keep_freed_blocks
+from client.process import set_environment
 
 FREED = """
-import multiprocessing, resource, torch
-from client.memory import forkserver
+import multiprocessing, os, resource, torch
+from client.process import forkserver
 
 def faults(pipe):
+    assert os.environ["GOMP_SPINCOUNT"]
     for _ in range(20):
         torch.ones(10_000_000)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -41,9 +42,11 @@ def test_a_block_that_a_worker_freed_is_not_cleared_by_the_kernel_again(tmp_path
     assert int(done.stdout) < 1000
 
 
-def test_who_has_set_a_threshold_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_has_set_one_in_the_environment_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "4096")
+    monkeypatch.setenv("GOMP_SPINCOUNT", "0")
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
-    keep_freed_blocks()
+    set_environment()
     assert os.environ["MALLOC_TRIM_THRESHOLD_"] == "4096"
     assert os.environ["MALLOC_MMAP_THRESHOLD_"] == str(2**30)
+    assert os.environ["GOMP_SPINCOUNT"] == "0"
