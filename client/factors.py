@@ -97,7 +97,7 @@ def weighted_sums(groups: list[Group], weights: Tensor) -> list[Tensor]:
     memory is free again at once."""
     found: dict[int, Tensor] = {}
     while groups:
-        group = groups.pop()
+        group = groups.pop(0)  # what early layers have goes before the sums of late ones come
         found.update(zip(group.places, group.together.weighted_sums(weights), strict=True))
     return [found[place] for place in range(len(found))]
 
