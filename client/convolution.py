@@ -14,6 +14,7 @@ from torch.nn import functional
 from client import precision
 from client.book import Book, applied
 from client.contribution import Postponed, Rows, smaller
+from client.patches import of_weights
 from client.product import product, products
 from common.layout import memory_format
 
@@ -200,16 +201,10 @@ def _by_channel(outer: Tensor, windows: Tensor) -> Tensor:
 
 def _in_groups(weight: Tensor, outer: Tensor, inputs: Tensor, *, settings: Any) -> Tensor:
     cases, (*geometry, groups) = len(inputs), settings
-    of_all = weight.new_empty(cases * len(weight), *weight.shape[1:])  # its values are not read
+    shape = (cases * len(weight), *weight.shape[1:])
     outer, inputs = (one.contiguous().view(1, -1, *one.shape[2:]) for one in (outer, inputs))
-    return _of_weights(outer, inputs, of_all, (*geometry, cases * groups)).view(cases, *weight.shape)
-
-
-def _of_weights(outer: Tensor, inputs: Tensor, weight: Tensor, settings: Any) -> Tensor:
-    found: Tensor = torch.ops.aten.convolution_backward(
-        outer, inputs, weight, None, *settings, [False, True, False]
-    )[1]
-    return found
+    of_all = of_weights(outer, inputs, shape=shape, settings=(*geometry, cases * groups))
+    return of_all.view(cases, *weight.shape)
 
 
 def _padding(layer: Any, inputs: Tensor) -> tuple[tuple[int, ...], Tensor]:

@@ -200,7 +200,7 @@ class Journal:
         if self._is_in_chain(head):
             return
         if not head.is_signed_by(self._key.public_key()):
-            _write_head(self._head_path.with_suffix(CLAIM_SUFFIX), head)
+            durable.write(self._head_path.with_suffix(CLAIM_SUFFIX), _head_text(head))
             raise LedgerError(
                 f"Expected row {head.number} that the coordinator remembers of this site in {self._path}, "
                 "found neither it nor this site's signature; if the site was set up again without its "
@@ -293,7 +293,7 @@ class Journal:
         return head
 
     def _remember(self, head: Head) -> None:
-        _write_head(self._head_path, head)
+        durable.rewrite(self._head_path, _head_text(head))
 
     def _broken(self, found: str) -> LedgerError:
         return LedgerError(f"Expected an unbroken ledger in {self._path}, found {found}; {REMEDY}")
@@ -321,8 +321,8 @@ def _times(path: Path) -> tuple[int, ...]:
     return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def _write_head(path: Path, head: Head) -> None:
-    durable.write(path, json.dumps(asdict(head)).encode())
+def _head_text(head: Head) -> bytes:
+    return json.dumps(asdict(head)).encode()
 
 
 def read_head(path: Path) -> Head | None:

@@ -62,7 +62,8 @@ class Patches:
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scaled = self.outer * by_case(weights, of=self)[:, None, None, None]
-        return _of_weights(scaled, self.inputs.to(scaled.dtype), geometry=self.geometry, shape=self.shape)
+        settings = (*self.geometry, False, (0, 0), 1)
+        return of_weights(scaled, self.inputs.to(scaled.dtype), shape=self.shape, settings=settings).contiguous()
 
     def without(self, patients: Tensor) -> Patches:
         kept = ~patients[self.owners][:, None, None, None]
@@ -103,18 +104,21 @@ class AlikePatches:
         outer = torch.cat([one.outer for one in self.layers], dim=1)
         scaled = outer * by_case(weights, of=first)[:, None, None, None]
         inputs = torch.cat([one.inputs for one in self.layers], dim=1).to(scaled.dtype)
-        shape = torch.Size((number * first.shape[0], *first.shape[1:]))
-        summed = _of_weights(scaled, inputs, geometry=first.geometry, shape=shape, groups=number)
-        return summed.view(number, -1).unbind()
+        shape = (number * first.shape[0], *first.shape[1:])
+        settings = (*first.geometry, False, (0, 0), number)
+        summed = of_weights(scaled, inputs, shape=shape, settings=settings)
+        return summed.contiguous().view(number, -1).unbind()
 
 
-def _of_weights(
-    outer: Tensor, inputs: Tensor, *, geometry: Any, shape: torch.Size, groups: int = 1
-) -> Tensor:
-    """Returns the gradient of a flat convolution's weights over all cases; geometry: stride, padding and
-    dilation; shape: (channels of all groups, channels of a group's inputs, *kernel)."""
+def of_weights(outer: Tensor, inputs: Tensor, *, shape: Sequence[int], settings: Any) -> Tensor:
+    """Returns the gradient of a convolution's weights over all cases.
+
+    Args:
+        shape: of the weights: (channels of all groups, channels of a group's inputs, *kernel).
+        settings: what torch's functions of convolutions take after the bias.
+    """
     weight = outer.new_empty(shape)  # its values are not read
     summed: Tensor = torch.ops.aten.convolution_backward(
-        outer, inputs, weight, None, *geometry, False, (0, 0), groups, [False, True, False]
+        outer, inputs, weight, None, *settings, [False, True, False]
     )[1]
-    return summed.contiguous()
+    return summed

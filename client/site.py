@@ -116,6 +116,9 @@ class Site:
     settings: SiteSettings
     records: Path | None = None
 
+    def __hash__(self) -> int:
+        return hash(self.directory)  # what is cached of a site is asked for a dozen times a task
+
     @property
     def name(self) -> str:
         return self.settings.name

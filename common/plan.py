@@ -321,6 +321,9 @@ class Plan(Asked):
         """sha256 of the canonical JSON, 64 hexadecimal digits."""
         return self._text_and_hash[1]
 
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
     @cached_property
     def _text_and_hash(self) -> tuple[str, str]:
         """Made once: a task asks for the hash a dozen times."""

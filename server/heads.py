@@ -40,7 +40,7 @@ class Heads:
         if known is not None and known.number >= head.number:
             return
         self._directory.mkdir(parents=True, exist_ok=True)
-        durable.write(self._path(site), json.dumps(asdict(head)).encode())
+        durable.rewrite(self._path(site), json.dumps(asdict(head)).encode())
 
     def _path(self, site: str) -> Path:
         return self._directory / f"{site}.json"

@@ -276,7 +276,7 @@ def test_damaged_file_is_reported_and_left_as_it_is(path: Path, damage: str) -> 
         opened(path)
     assert path.read_bytes() == content
     names = {file.name for file in path.parent.iterdir()}
-    assert names == {"ledger.sqlite", "ledger.head", "ledger.lock"}
+    assert names == {"ledger.sqlite", "ledger.head", ".ledger.head.spare", "ledger.lock"}
 
 
 def test_a_lock_that_nobody_lets_go_is_an_error_and_no_wait_without_end(
