@@ -63,7 +63,8 @@ class Patches:
     def weighted_sum(self, weights: Tensor) -> Tensor:
         scaled = self.outer * by_case(weights, of=self)[:, None, None, None]
         settings = (*self.geometry, False, (0, 0), 1)
-        return of_weights(scaled, self.inputs.to(scaled.dtype), shape=self.shape, settings=settings).contiguous()
+        summed = of_weights(scaled, self.inputs.to(scaled.dtype), shape=self.shape, settings=settings)
+        return summed.contiguous()
 
     def without(self, patients: Tensor) -> Patches:
         kept = ~patients[self.owners][:, None, None, None]

@@ -55,8 +55,8 @@ def write(path: Path, data: bytes) -> None:
 def rewrite(path: Path, data: bytes) -> None:
     """Writes a file as ``write`` does, over the one before the last, which stays beside it: ``.NAME.spare``.
 
-    For a small file that is written in every task. What takes the place of another file is sent to the disk by
-    some file systems while it is new, though nobody waits for it; and nothing is deleted (decision 030).
+    For a small file that is written in every task. What takes the place of another file is sent to the disk
+    by some file systems while it is new, though nobody waits for it; and nothing is deleted (decision 030).
     """
     spare, former = (path.with_name(f".{path.name}.{kind}") for kind in ("spare", "former"))
     descriptor = os.open(spare, os.O_WRONLY | os.O_CREAT, 0o600)
