@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from client import gram
-from client.product import product, products
+from client.product import columns, product, products
 
 GRAM_COST: Final = {False: 2.0, True: 4.0}
 """Of a number of two Gram matrices, which are in double precision, over one of the gradients; True: where
@@ -186,14 +186,9 @@ class AlikeProducts:
         scaled = torch.stack([one.left for one in self.layers]) * by_all
         lefts = scaled.transpose(1, 2).flatten(2)  # (layers, rows, cases x positions)
         return [
-            (left @ _columns(one.right, lefts.dtype).T).view(-1)
+            (left @ columns(one.right, dtype=lefts.dtype).T).view(-1)
             for left, one in zip(lefts, self.layers, strict=True)
         ]
-
-
-def _columns(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """(cases, columns, positions) -> (columns, cases x positions), copied once."""
-    return values.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format).flatten(1)
 
 
 def by_case(weights: Tensor, *, of: _OfCases) -> Tensor:

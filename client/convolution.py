@@ -15,7 +15,7 @@ from client import precision
 from client.book import Book, applied
 from client.contribution import Postponed, Rows, smaller
 from client.patches import of_weights
-from client.product import product, products
+from client.product import columns, product, products
 from common.layout import memory_format
 
 FEW_POSITIONS: Final = 64
@@ -51,10 +51,10 @@ class _Pointwise(Function):
         inputs, weight = book.cast(inputs), book.cast(weight)
         ctx.save_for_backward(inputs, weight)
         bias = book.bias(layer)
-        columns = product(weight.flatten(1), _columns(inputs))
+        found = product(weight.flatten(1), columns(inputs))
         if bias is not None:
-            columns += bias[:, None]
-        return _from_columns(columns, like=inputs)
+            found += bias[:, None]
+        return _from_columns(found, like=inputs)
 
     @staticmethod
     @once_differentiable
@@ -67,7 +67,7 @@ class _Pointwise(Function):
             book.add(layer.bias, book.mean(left.sum(dim=2)))
         of_inputs = None
         if ctx.needs_input_grad[2]:
-            of_inputs = _from_columns(product(weight.flatten(1).T, _columns(outer)), like=outer)
+            of_inputs = _from_columns(product(weight.flatten(1).T, columns(outer)), like=outer)
         return None, None, of_inputs, None
 
 
@@ -77,13 +77,8 @@ def _settings(layer: Any, *, padding: tuple[int, ...] | None = None) -> tuple[An
     return (layer.stride, around, layer.dilation, layer.transposed, layer.output_padding, layer.groups)
 
 
-def _columns(values: Tensor) -> Tensor:
-    """(cases, channels, *size) -> (channels, cases x positions)"""
-    return values.transpose(0, 1).reshape(values.shape[1], -1)
-
-
-def _from_columns(columns: Tensor, *, like: Tensor) -> Tensor:
-    return columns.view(-1, len(like), *like.shape[2:]).transpose(0, 1).contiguous()
+def _from_columns(values: Tensor, *, like: Tensor) -> Tensor:
+    return values.view(-1, len(like), *like.shape[2:]).transpose(0, 1).contiguous()
 
 
 class _Convolution(Function):

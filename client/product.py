@@ -14,6 +14,14 @@ LARGE: Final = 1 << 24
 where it shares the work out better."""
 
 
+def columns(values: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """(cases, channels, *size) -> (channels, cases x positions), copied once; None: in their own type."""
+    moved = values.transpose(0, 1)
+    if dtype is not None:
+        moved = moved.to(dtype, memory_format=torch.contiguous_format)
+    return moved.reshape(values.shape[1], -1)
+
+
 def products(left: Tensor, right: Tensor) -> Tensor:
     """(cases, rows, positions), (cases, columns, positions) -> (cases, rows, columns), in the sides' type."""
     return torch.bmm(left, right.transpose(1, 2))

@@ -20,15 +20,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from client import approval, release, trail, unsigned_ledger
 from client.cost import planned_spends
 from client.files import private_directory
 from client.journal import COLUMNS, Journal, read_head, sound_rows
 from client.ledger import RESTORED, Charge, now
 from client.site import Site
-from common import keys
+from common import durable, keys
 from common.chain import Head
 from common.errors import LedgerError, UserError
 from common.keys import PublicKey
@@ -65,7 +63,7 @@ def restore(site: Site, *, plans: Sequence[Plan] | None = None) -> Restoration:
         UserError: nothing is broken; or more is missing than the plans that the site keeps account for.
     """
     path = release.ledger_path(site)
-    with FileLock(private_directory(site.state) / "task.lock", mode=0o600):
+    with durable.locked(private_directory(site.state) / "task.lock"):
         claimed = _require_broken(site)
         key = keys.own(site.private / "site.key")
         remains = read_remains(path, key=key.public_key())
@@ -95,6 +93,7 @@ def restore(site: Site, *, plans: Sequence[Plan] | None = None) -> Restoration:
         path.with_name(path.name + "-journal").unlink(missing_ok=True)
         os.replace(fresh, path)
         os.replace(fresh_head, release.head_path(site))  # the old one is covered, if this is never reached
+        durable.spare_of(fresh_head).unlink(missing_ok=True)
         release.claim_path(site).unlink(missing_ok=True)
     charged = [plan.hash for plan in plans]
     trail.record(site, "ledger_restored", kept=len(remains.kept), charged=charged, by=account())

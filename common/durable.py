@@ -58,13 +58,8 @@ def rewrite(path: Path, data: bytes) -> None:
     For a small file that is written in every task. What takes the place of another file is sent to the disk
     by some file systems while it is new, though nobody waits for it; and nothing is deleted (decision 030).
     """
-    spare, former = (path.with_name(f".{path.name}.{kind}") for kind in ("spare", "former"))
-    descriptor = os.open(spare, os.O_WRONLY | os.O_CREAT, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.truncate()
-        file.flush()
-        sync(descriptor)
+    spare, former = spare_of(path), path.with_name(f".{path.name}.former")
+    write_over(spare, data, mode=0o600)
     try:
         os.link(path, former)
     except FileExistsError:  # of a process that was killed before it had renamed it
@@ -75,6 +70,24 @@ def rewrite(path: Path, data: bytes) -> None:
     os.replace(spare, path)
     os.replace(former, spare)
     sync_directory(path.parent)
+
+
+def spare_of(path: Path) -> Path:
+    """Returns what ``rewrite`` leaves beside a file."""
+    return path.with_name(f".{path.name}.spare")
+
+
+def write_over(path: Path, data: bytes, *, mode: int = 0o666) -> None:
+    """Writes a file that nobody reads now, on the same place of the disk, and waits for it; makes it where
+    there is none, and anew where it has another name as well: that may be somebody's copy of an earlier day.
+    """
+    if path.exists() and path.stat().st_nlink > 1:
+        path.unlink()
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, mode), "wb") as file:
+        file.write(data)
+        file.truncate()
+        file.flush()
+        sync(file.fileno())
 
 
 def move(path: Path, to: Path) -> None:

@@ -155,8 +155,8 @@ def save_state(directory: Path, state: RunState) -> None:
     tensors = {name: getattr(state, name) for name in _TENSORS if getattr(state, name) is not None}
     parameters = save(tensors)
     text = _text(state)
-    _write(spare / "parameters.safetensors", parameters)
-    _write(spare / "state.json", marked(text, parameters=parameters))
+    durable.write_over(spare / "parameters.safetensors", parameters)
+    durable.write_over(spare / "state.json", marked(text, parameters=parameters))
     final = directory / f"{state.server_round:06d}"
     shutil.rmtree(final, ignore_errors=True)
     os.replace(spare, final)
@@ -232,11 +232,3 @@ def _load(path: Path) -> RunState | None:
         return _STATE.validate_python(tree)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return None
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:
-        file.write(data)
-        file.truncate()
-        file.flush()
-        durable.sync(file.fileno())

@@ -110,6 +110,7 @@ def is_stopped(site: Site) -> bool:
 def restored(site: Site) -> Restoration:
     assert is_stopped(site)
     done = restoration.restore(site)
+    assert not list(site.state.glob(".ledger*")), "nothing of the new file's making is left"
     assert not is_stopped(site)
     return done
 

@@ -65,6 +65,16 @@ def test_a_file_that_is_rewritten_is_whole_whatever_is_killed_when(
     assert sorted(one.name for one in tmp_path.iterdir()) == [".head.spare", "head"]
 
 
+def test_a_copy_by_another_name_is_never_written_over(tmp_path: Path) -> None:
+    """As programs for backups make it of each file that has not changed since the last one."""
+    path, copy = tmp_path / "head", tmp_path / "monday"
+    durable.rewrite(path, b"on monday")
+    os.link(path, copy)
+    for text in (b"on tuesday", b"on wednesday", b"on thursday"):
+        durable.rewrite(path, text)
+        assert (copy.read_bytes(), path.read_bytes()) == (b"on monday", text)
+
+
 def test_a_file_is_rewritten_where_no_file_has_two_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
