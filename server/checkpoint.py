@@ -179,8 +179,8 @@ def marked(text: bytes, *, parameters: bytes) -> bytes:
 
 
 def _is_whole(content: bytes, *, parameters: bytes) -> bool:
-    text, _, _ = content.rpartition(_MARK)
-    return content == marked(text + b"}", parameters=parameters)
+    text, _, end = content.rpartition(_MARK)
+    return end == _checksum(text + b"}", parameters=parameters).encode() + b'"}'
 
 
 def _checksum(text: bytes, *, parameters: bytes) -> str:

@@ -43,7 +43,7 @@ PLACES: dict[str, list[tuple[str, str, str]]] = {
         ("FedAvg.aggregate_train", "after", "aggregated"),
     ],
     "server.checkpoint": [
-        ("_write", "after", "checkpoint_half_written"),
+        ("marked", "before", "checkpoint_half_written"),  # new parameters beside an old state
         ("save_state", "after", "checkpoint_written"),
     ],
     "server.report": [("Report.write", "before", "report_made"), ("Report.write", "after", "report_written")],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import operator
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from hydra import compose, initialize_config_module
 
 from common.config import plain, plan_of
+from tests import fault_points
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("common", "client", "server", "simulations")
@@ -147,3 +150,9 @@ def test_hydra_config_stops_at_the_door(path: Path) -> None:
     doors = {"common/config.py", "simulations/run.py", "server/__main__.py", "client/__main__.py"}
     text = path.read_text(encoding="utf-8")
     assert name_of(path) in doors or "DictConfig" not in text
+
+
+@pytest.mark.parametrize("module", fault_points.PLACES)
+def test_points_at_which_the_tests_end_processes_are_functions_of_the_product(module: str) -> None:
+    for path, _, point in fault_points.PLACES[module]:
+        assert callable(operator.attrgetter(path)(importlib.import_module(module))), point
