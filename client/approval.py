@@ -167,6 +167,7 @@ def _note(site: Site, plan: Plan, rule: Policy) -> None:
     if _ruled(site, plan.hash, changed_at) != (verdict, rule.name):
         decision.record(site, plan, verdict, by="rule", who=rule.name)
         trail.record(site, verdict, plan_hash=plan.hash, by=f"rule {rule.name}")
+        _ruled(site, plan.hash, decision.changed_at(site, plan.hash, by="rule"))  # known when a task asks
 
 
 @lru_cache(maxsize=1024)  # each task asks several times

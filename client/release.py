@@ -51,9 +51,9 @@ def once(
         LedgerError: the ledger is broken; nothing is released until it is restored.
     """
     approval.require(site, plan)
+    directory = _replies(site, is_exact=spend is None)
     if spend is None:
-        return _exact(private_directory(site.state) / "exact_replies", task, work)
-    directory = private_directory(site.state) / "replies"
+        return _exact(directory, task, work)
     with durable.locked(site.state / "task.lock"), open_ledger(site) as ledger:
         approval.keep(site, plan)  # before the charge: a restoration must know what it was for
         charged = ledger.charge(_charge(site, plan, task, part, spend), max_repeats=site.settings.max_repeats)
@@ -77,6 +77,15 @@ def once(
                 raise
         ledger.finish(task.identity, Outcome(kind="stored", code=""))
         return reply
+
+
+def make_room(site: Site, *, is_exact: bool) -> None:
+    """Makes the folder of the replies before the first task, which waits for it less."""
+    _replies(site, is_exact=is_exact).mkdir(parents=True, exist_ok=True)
+
+
+def _replies(site: Site, *, is_exact: bool) -> Path:
+    return private_directory(site.state) / ("exact_replies" if is_exact else "replies")
 
 
 def _exact(directory: Path, task: Task, work: Callable[[], Reply]) -> Reply:

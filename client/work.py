@@ -67,6 +67,7 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
         _require_ledger(site, plan, task)
         _open(site, plan)
         run_folder.make(site, run=task.run)
+        release.make_room(site, is_exact=isinstance(plan.privacy, NoPrivacy))
     except Refusal as refusal:
         logger.info("declined: %s", refusal)
         reason = refusal.code

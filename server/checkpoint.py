@@ -175,7 +175,8 @@ def _text(state: RunState) -> bytes:
 
 def marked(text: bytes, *, parameters: bytes) -> bytes:
     """Returns what stands in ``state.json``: a state, and the sha256 of it and of the bytes beside it."""
-    return text[:-1] + _MARK + _checksum(text, parameters=parameters).encode() + b'"}'
+    checksum = _checksum(text, parameters=parameters).encode()
+    return b"".join((memoryview(text)[:-1], _MARK, checksum, b'"}'))  # of many sites it is long: one copy
 
 
 def _is_whole(content: bytes, *, parameters: bytes) -> bool:
@@ -184,7 +185,9 @@ def _is_whole(content: bytes, *, parameters: bytes) -> bool:
 
 
 def _checksum(text: bytes, *, parameters: bytes) -> str:
-    return hashlib.sha256(hashlib.sha256(parameters).digest() + text).hexdigest()
+    found = hashlib.sha256(hashlib.sha256(parameters).digest())
+    found.update(text)
+    return found.hexdigest()
 
 
 def latest(directory: Path, *, run: str, plan_hash: str) -> RunState | None:

@@ -60,6 +60,8 @@ class Roster:
         self._takers: dict[str, dict[str, int]] = {}  # by purpose, as long as nothing changes
         self.sites: dict[str, Prepared] = {}
         """Every site that answered, by name."""
+        self.answers = 0
+        """How many answers to prepare were admitted."""
 
     def gather(self) -> None:
         """Waits until the plan's number of sites is there, or the deadline; then prepares them."""
@@ -182,6 +184,7 @@ class Roster:
         self._attempts[node] = 0
         former = self.sites.get(prepared.site)
         self.sites[prepared.site] = prepared
+        self.answers += 1
         if former is None or (former.status, former.reason) != (prepared.status, prepared.reason):
             self._trail.record(
                 "site_prepared", site=prepared.site, status=prepared.status, reason=prepared.reason

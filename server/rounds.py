@@ -80,6 +80,7 @@ class Rounds:
         )
         self._strategy = strategy(lambda purpose: list(self._nodes(purpose)))
         self._state = state
+        self._learned: tuple[int, frozenset[str]] | None = None  # what _learn_sites saw last
 
     @property
     def state(self) -> RunState:
@@ -333,11 +334,15 @@ class Rounds:
         return quantisation.carried(parameters, form=self._plan.exchange.update)
 
     def _learn_sites(self) -> None:
-        former = self._state.waiting_since
-        self._roster.strike(self._revoked())
+        revoked = self._revoked()
+        self._roster.strike(revoked)
+        news = (self._roster.answers, revoked)
+        if news == self._learned:  # as in most rounds, which then do not look at every site
+            return
+        self._learned, former = news, self._state.waiting_since
         waiting = approvals.since(former, self._roster.waiting)
         sites = {**self._state.sites, **self._roster.sites}
-        sites |= {name: replace(sites[name], status=REVOKED) for name in self._revoked() & sites.keys()}
+        sites |= {name: replace(sites[name], status=REVOKED) for name in revoked & sites.keys()}
         if sites != self._state.sites:  # else the checkpoint sees what it saw, and writes nothing down again
             self._state = replace(self._state, sites=sites)
         self._state = replace(self._state, waiting_since=waiting)

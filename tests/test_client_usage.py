@@ -125,7 +125,8 @@ def test_evaluation_adds_the_cases_of_its_part(site: Site) -> None:
 
 def test_a_prepared_run_has_a_folder_and_no_use_yet(site: Site) -> None:
     assert ask(site, quick(), "prepare") == ""
-    assert [path.name for path in site.runs.iterdir()] == [RUN] and not list((site.runs / RUN).iterdir())
+    assert {path.name for path in site.runs.iterdir()} == {".lock", RUN}
+    assert not list((site.runs / RUN).iterdir())
     assert usage.find(site, patient=cases_of(site, "train")[0].case.patient) == ()
     with pytest.raises(UserError, match="one of the 0 runs"):
         tally.find(site, run=RUN)

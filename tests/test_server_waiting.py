@@ -262,3 +262,4 @@ def test_a_newcomer_joins_at_the_next_round(tmp_path: Path) -> None:
     )
     rounds.run()
     assert [entry.sites_asked for entry in rounds.state.rounds] == [2, 3]
+    assert set(rounds.state.sites) == {"a", "b", "late"}
