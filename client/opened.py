@@ -24,7 +24,8 @@ MOST_COHORTS: Final = 600
 
 @dataclass(frozen=True, kw_only=True)
 class Opened:
-    """An open cohort, and which uses of it (run, plan, part) were written down."""
+    """An open cohort, and what was written down of it: (run, plan, part) for the use of a part, with an empty
+    part for the cohort itself."""
 
     cohort: Cohort
     noted: set[tuple[str, str, str]] = field(default_factory=set)

@@ -10,15 +10,6 @@ from client.files import private_directory
 from client.site import Site
 from common import durable
 
-_LOCK = ".lock"
-
-
-def make(site: Site, *, run: str) -> None:
-    """Makes the folder of a run before its first task, which waits for it less; it is empty until then."""
-    private_directory(site.runs)
-    with durable.locked(site.runs / _LOCK):
-        private_directory(site.runs / run)
-
 
 @contextmanager
 def opened(site: Site, *, run: str) -> Iterator[Path]:
@@ -27,7 +18,7 @@ def opened(site: Site, *, run: str) -> Iterator[Path]:
     At the end it is durable which files are in it, so a release may follow.
     """
     private_directory(site.runs)
-    with durable.locked(site.runs / _LOCK):
+    with durable.locked(site.runs / ".lock"):
         directory = private_directory(site.runs / run)
         yield directory
         # Those above as well: who made this one may have been killed before they were on the disk.

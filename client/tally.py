@@ -1,7 +1,8 @@
 """What a run found at the site: ``private/runs/<run>/cohort.json``. It never leaves the site.
 
-An entry says how many cases were offered and used, and how many could not be used, by code. A run has several
-where the cohort changed while it went on, by a withdrawal or a new freeze.
+An entry says how many cases were offered, how many there are to use, and how many cannot be used, by code.
+The first is of the time when the site agreed to take part; a run has several where the cohort changed while
+it went on, by a withdrawal or a new freeze.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from client import files, quarantine
+from client import files, quarantine, usage
 from client.cohort import Cohort
 from client.site import Site
 from common.errors import StateError, UserError
@@ -23,10 +24,10 @@ FILE = "cohort.json"
 
 
 class Tally(Value):
-    """The cohort as tasks of a run had it, from ``since`` (UTC) on.
+    """The cohort as it was for the tasks of a run from ``since`` (UTC) on.
 
     Attributes:
-        offered: rows of the listing; ``used`` and ``quarantined`` together.
+        offered: rows of the listing; ``used``, which the tasks use, and ``quarantined`` together.
         parts: patients by part.
     """
 
@@ -80,13 +81,12 @@ def find(site: Site, *, run: str) -> tuple[Tally, ...]:
 
 
 def last(site: Site, *, run: str) -> Tally | None:
-    """Returns what a run found last; None where it has used no case here.
+    """Returns what the tasks of a run found last; None where none has used a case here.
 
     Raises:
         StateError: the file is damaged.
     """
-    path = site.runs / run / FILE
-    return _read(path)[-1] if path.exists() else None
+    return _read(site.runs / run / FILE)[-1] if _has_used(site, run) else None
 
 
 def report(site: Site, run: str, *, as_json: bool) -> int:
@@ -98,7 +98,13 @@ def report(site: Site, run: str, *, as_json: bool) -> int:
         return 0
     for one in found:
         console.print(_table(one))
+    if not _has_used(site, run):
+        console.print("The site agreed to take part; no task of the run has used a case yet.")
     return 0
+
+
+def _has_used(site: Site, run: str) -> bool:
+    return (site.runs / run / usage.FILE).exists()
 
 
 def _table(one: Tally) -> Table:

@@ -65,8 +65,7 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
         approval.require(site, plan)
         course.require_plan(site, plan, run=task.run)
         _require_ledger(site, plan, task)
-        _open(site, plan)
-        run_folder.make(site, run=task.run)
+        _note_cohort(site, task.run, plan.hash, _open(site, plan))
         release.make_room(site, is_exact=isinstance(plan.privacy, NoPrivacy))
     except Refusal as refusal:
         logger.info("declined: %s", refusal)
@@ -299,14 +298,23 @@ def _note_answer(site: Site, run: str, plan_hash: str, status: str, reason: str)
     trail.record(site, "prepared", run=run, plan_hash=plan_hash, status=status, reason=reason)
 
 
+def _note_cohort(site: Site, run: str, plan_hash: str, opened: Opened) -> None:
+    """Writes down, once for a run and cohort, how many cases there are for the run and why not more."""
+    if (run, plan_hash, "") in opened.noted:
+        return
+    with run_folder.opened(site, run=run) as folder:
+        tally.record(folder, plan_hash=plan_hash, cohort=opened.cohort)
+    opened.noted.add((run, plan_hash, ""))
+
+
 def _note_use(site: Site, run: str, plan_hash: str, part: str, opened: Opened) -> None:
     """Writes down, once for a run, part and cohort, whose cases a task is about to use."""
     if (run, plan_hash, part) in opened.noted:
         return
+    _note_cohort(site, run, plan_hash, opened)
     cohort = opened.cohort
     cases = cohort.sources[part]
     with run_folder.opened(site, run=run) as folder:
-        tally.record(folder, plan_hash=plan_hash, cohort=cohort)
         usage.record(folder, plan_hash=plan_hash, part=part, cohort_version=cohort.version, cases=cases)
     opened.noted.add((run, plan_hash, part))
 

@@ -123,11 +123,26 @@ def test_evaluation_adds_the_cases_of_its_part(site: Site) -> None:
     assert {row["part"] for row in found} == {"train", "test"}
 
 
-def test_a_prepared_run_has_a_folder_and_no_use_yet(site: Site) -> None:
+def test_a_prepared_run_knows_its_cohort_and_has_no_use_yet(
+    site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert ask(site, quick(), "prepare") == ""
-    assert {path.name for path in site.runs.iterdir()} == {".lock", RUN}
-    assert not list((site.runs / RUN).iterdir())
+    assert [path.name for path in (site.runs / RUN).iterdir()] == [tally.FILE]
     assert usage.find(site, patient=cases_of(site, "train")[0].case.patient) == ()
+    prepared = tally.find(site, run=RUN)
+    tally.report(site, RUN, as_json=False)
+    assert "no task of the run has used a case yet" in " ".join(capsys.readouterr().out.split())
+    ask(site, quick())
+    assert tally.find(site, run=RUN) == prepared, "of the same cohort there is one entry"
+    tally.report(site, RUN, as_json=False)
+    assert "used a case yet" not in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_site_that_declines_has_nothing_of_the_run(tmp_path: Path) -> None:
+    site = write_site(tmp_path / "strict", size=8, unsafe_allow_no_privacy=False)
+    declined = quick(privacy="none")
+    ask(site, declined, "prepare")
+    assert ask(site, declined) == "no_privacy" and not site.runs.exists()
     with pytest.raises(UserError, match="one of the 0 runs"):
         tally.find(site, run=RUN)
 
