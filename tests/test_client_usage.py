@@ -130,10 +130,12 @@ def test_a_prepared_run_knows_its_cohort_and_has_no_use_yet(
     assert [path.name for path in (site.runs / RUN).iterdir()] == [tally.FILE]
     assert usage.find(site, patient=cases_of(site, "train")[0].case.patient) == ()
     prepared = tally.find(site, run=RUN)
+    assert tally.last(site, run=RUN) is None, "a report has nothing of a site that did no task"
     tally.report(site, RUN, as_json=False)
     assert "no task of the run has used a case yet" in " ".join(capsys.readouterr().out.split())
     ask(site, quick())
     assert tally.find(site, run=RUN) == prepared, "of the same cohort there is one entry"
+    assert tally.last(site, run=RUN) == prepared[-1]
     tally.report(site, RUN, as_json=False)
     assert "used a case yet" not in " ".join(capsys.readouterr().out.split())
 
