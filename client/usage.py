@@ -125,7 +125,8 @@ def _content(table: pyarrow.Table) -> bytes:
     from pyarrow import parquet
 
     stream = pyarrow.BufferOutputStream()
-    parquet.write_table(table, stream, use_dictionary=list(SAME), write_statistics=False)
+    # Columns that say the same are small when compressed, and of few cases dictionaries take long to make.
+    parquet.write_table(table, stream, use_dictionary=False, write_statistics=False, store_schema=False)
     return bytes(stream.getvalue())
 
 

@@ -127,6 +127,7 @@ class _Entries:
         self._adapter: TypeAdapter[Any] = TypeAdapter(kind)
         self._last: Mapping[str, object] = {}
         self._texts: dict[str, bytes] = {}
+        self._json = b"{}"
 
     def json(self, values: Mapping[str, object]) -> bytes:
         """Returns the JSON of an object."""
@@ -134,8 +135,8 @@ class _Entries:
             new = {name: value for name, value in values.items() if self._last.get(name) is not value}
             texts = self._texts | {name: self._entry(name, value) for name, value in new.items()}
             self._texts = texts if list(texts) == list(values) else {name: texts[name] for name in values}
-            self._last = values
-        return b"{" + b",".join(self._texts.values()) + b"}"
+            self._last, self._json = values, b"{" + b",".join(self._texts.values()) + b"}"
+        return self._json
 
     def _entry(self, name: str, value: object) -> bytes:
         return json.dumps(name).encode() + b":" + self._adapter.dump_json(value, exclude_defaults=True)
