@@ -79,7 +79,7 @@ def once(
         return reply
 
 
-def make_room(site: Site, *, is_exact: bool) -> None:
+def make_folder(site: Site, *, is_exact: bool) -> None:
     """Makes the folder of the replies before the first task, which waits for it less."""
     _replies(site, is_exact=is_exact).mkdir(parents=True, exist_ok=True)
 

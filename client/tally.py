@@ -91,14 +91,14 @@ def last(site: Site, *, run: str) -> Tally | None:
 
 def report(site: Site, run: str, *, as_json: bool) -> int:
     """Prints what a run found: offered, used, and quarantined by code."""
-    found = find(site, run=run)
+    found, has_used = find(site, run=run), _has_used(site, run)
     console = Console()
     if as_json:
-        console.print_json(data=[one.model_dump(mode="json") for one in found])
+        console.print_json(data=[one.model_dump(mode="json") | {"has_used": has_used} for one in found])
         return 0
     for one in found:
         console.print(_table(one))
-    if not _has_used(site, run):
+    if not has_used:
         console.print("The site agreed to take part; no task of the run has used a case yet.")
     return 0
 

@@ -66,7 +66,7 @@ def prepare(site: Site, plan: Plan, task: Task) -> Prepared:
         course.require_plan(site, plan, run=task.run)
         _require_ledger(site, plan, task)
         _note_cohort(site, task.run, plan.hash, _open(site, plan))
-        release.make_room(site, is_exact=isinstance(plan.privacy, NoPrivacy))
+        release.make_folder(site, is_exact=isinstance(plan.privacy, NoPrivacy))
     except Refusal as refusal:
         logger.info("declined: %s", refusal)
         reason = refusal.code

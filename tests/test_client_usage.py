@@ -133,11 +133,15 @@ def test_a_prepared_run_knows_its_cohort_and_has_no_use_yet(
     assert tally.last(site, run=RUN) is None, "a report has nothing of a site that did no task"
     tally.report(site, RUN, as_json=False)
     assert "no task of the run has used a case yet" in " ".join(capsys.readouterr().out.split())
+    tally.report(site, RUN, as_json=True)
+    assert [one["has_used"] for one in json.loads(capsys.readouterr().out)] == [False]
     ask(site, quick())
     assert tally.find(site, run=RUN) == prepared, "of the same cohort there is one entry"
     assert tally.last(site, run=RUN) == prepared[-1]
     tally.report(site, RUN, as_json=False)
     assert "used a case yet" not in " ".join(capsys.readouterr().out.split())
+    tally.report(site, RUN, as_json=True)
+    assert [one["has_used"] for one in json.loads(capsys.readouterr().out)] == [True]
 
 
 def test_a_site_that_declines_has_nothing_of_the_run(tmp_path: Path) -> None:
