@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     used.add_argument("directory", type=Path)
     who = used.add_mutually_exclusive_group(required=True)
     who.add_argument("patient", nargs="?", help=PATIENT)
-    who.add_argument("--run", help="instead of a patient: how many cases this run was offered and used")
+    who.add_argument("--run", help="instead of a patient: how many cases this run was offered and uses")
     used.add_argument("--json", action="store_true", help="print JSON instead of tables")
     used.set_defaults(verb=_used)
 

@@ -128,6 +128,7 @@ def test_a_prepared_run_knows_its_cohort_and_has_no_use_yet(
 ) -> None:
     assert ask(site, quick(), "prepare") == ""
     assert [path.name for path in (site.runs / RUN).iterdir()] == [tally.FILE]
+    assert not list((site.state / "replies").iterdir()), "the folder is there before a task waits for it"
     assert usage.find(site, patient=cases_of(site, "train")[0].case.patient) == ()
     prepared = tally.find(site, run=RUN)
     assert tally.last(site, run=RUN) is None, "a report has nothing of a site that did no task"
